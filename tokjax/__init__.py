@@ -1,0 +1,1 @@
+"""tokjax: token reduction for transformers in JAX."""
