@@ -1,0 +1,136 @@
+"""Where a model lets reducers in. A method is a list of hooks; hooks at one site run in list order."""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+from typing import Any, Literal, Protocol, get_args
+
+import jax
+from jaxtyping import Array, Float
+
+from tokjax import token_map
+from tokjax.signals import Signals
+from tokjax.tokens import Tokens
+
+Where = Literal[
+    "input",  # once, on the embedded tokens
+    "before_block",
+    "attend",  # changes the block's attention: `attend(tokens, signals) -> Signals` (rule, policy, weights, bias)
+    "after_attention",  # on the residual stream, between attention and MLP
+    "after_block",
+    "around_attention",  # reduce, run, unmerge
+    "around_mlp",
+    "readout",  # `readout(states) -> [B,C]`: a head that reads the tokens after every block
+    "before_llm",  # on the tokens of an encoder, before they enter a language model
+    "after_prefill",  # on a KV cache
+    "decode_step",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelInfo:
+    """What a method may know of a model to lay out its hooks; all static."""
+
+    depth: int
+    width: int
+    heads: int
+    length: int  # N at the input, prefix included
+    prefix: int = 0
+    grid: tuple[int, int] | None = None
+    sites: frozenset[str] = frozenset(get_args(Where))
+
+
+class Reducer(Protocol):
+    """A frozen dataclass of hyper-parameters (static, hashable), or an NNX module if it learns."""
+
+    def hooks(self, info: ModelInfo) -> "list[Hook]":
+        """Turns the method's schedule into per-layer settings."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Hook:
+    """Calls `reducer.<call>(tokens, signals)` at a site; it holds the reducer itself, so that equal hooks are equal."""
+
+    where: Where
+    layer: int
+    reducer: Any
+    call: str = "plan"
+
+    def __call__(self, *args):
+        with jax.named_scope(f"reducer.{type(self.reducer).__name__}"):
+            return getattr(self.reducer, self.call)(*args)
+
+
+def at(hooks: Sequence[Hook], where: Where, layer: int = 0) -> list[Hook]:
+    return [hook for hook in hooks if hook.where == where and hook.layer == layer]
+
+
+def check(hooks: Sequence[Hook], info: ModelInfo) -> None:
+    """Refuses hooks that this model would never call.
+
+    Raises:
+        ValueError: a site that the model does not have, or a layer outside of it.
+    """
+    for hook in hooks:
+        name = type(hook.reducer).__name__
+        if hook.where not in info.sites:
+            raise ValueError(f"{name} hooks in at {hook.where!r}; this model has {', '.join(sorted(info.sites))}")
+        if not 0 <= hook.layer < info.depth:
+            raise ValueError(f"{name} hooks in at layer {hook.layer}; this model has layers 0 to {info.depth - 1}")
+
+
+def reduce(hooks: Sequence[Hook], where: Where, layer: int, tokens: Tokens, signals: Signals) -> Tokens:
+    """Runs the hooks of one site on the tokens."""
+    for hook in at(hooks, where, layer):
+        plan = hook(tokens, signals)
+        if plan is not None:
+            tokens = _note(hook, plan, _applied(hook, plan, tokens))
+    return tokens
+
+
+def attend(hooks: Sequence[Hook], layer: int, tokens: Tokens, signals: Signals) -> Signals:
+    """What the attention of this block uses after its `attend` hooks."""
+    for hook in at(hooks, "attend", layer):
+        signals = hook(tokens, signals)
+    return signals
+
+
+def around(
+    hooks: Sequence[Hook],
+    where: Where,
+    layer: int,
+    tokens: Tokens,
+    signals: Signals,
+    run: Callable[[Tokens], Float[Array, "B M C"]],
+) -> tuple[Float[Array, "B N C"], Tokens]:
+    """Reduces, runs, un-merges: the output of `run` at full length, and the tokens with what the plans left behind."""
+    here = at(hooks, where, layer)
+    if not here:
+        return run(tokens), tokens
+    hook, others = here[0], [h for h in hooks if h is not here[0]]
+    plan = hook(tokens, signals)
+    if plan is None or plan.map is None:
+        return around(others, where, layer, tokens, signals, run)
+    y, inner = around(others, where, layer, _applied(hook, plan, tokens), signals, run)
+    with _scope(hook):
+        y = plan.map.unmerge(y)
+    return y, _note(hook, plan, tokens.replace(carry=inner.carry, aux=inner.aux))
+
+
+def _scope(hook: Hook):
+    return jax.named_scope(f"reducer.{type(hook.reducer).__name__}")
+
+
+def _applied(hook: Hook, plan: token_map.Plan, tokens: Tokens) -> Tokens:
+    with _scope(hook):
+        return token_map.apply(plan, tokens)
+
+
+def _note(hook: Hook, plan: token_map.Plan, tokens: Tokens) -> Tokens:
+    if not plan.aux:
+        return tokens
+    site = f"{hook.layer:02d}.{hook.where}.{type(hook.reducer).__name__}"
+    name, again = site, 2
+    while name in tokens.aux:  # two hooks of one kind at one site
+        name, again = f"{site}.{again}", again + 1
+    return tokens.replace(aux={**tokens.aux, name: dict(plan.aux)})

@@ -1,0 +1,1 @@
+"""Models that hand their tokens to hooks, and know no method."""

@@ -1,0 +1,134 @@
+"""Layers that the models share: attention under an AttentionRule, MLP, norms, pooling, stacks of blocks."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from tokjax.signals import Signals, attention_rows
+from tokjax.tokens import Tokens
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "exact": lambda x: jax.nn.gelu(x, approximate=False),
+    "tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "quick": lambda x: x * jax.nn.sigmoid(1.702 * x),  # OpenAI CLIP
+}
+
+
+def attention(signals: Signals, implementation: Literal["xla", "cudnn"] = "xla") -> Float[Array, "B N H D"]:
+    """The attention output under the rule, biases and weights of `signals`; fused wherever the rule allows it.
+
+    Fused kernels take no `[B,1,1,N]` bias, so for "cudnn" a bias on keys rides as an extra column of queries and keys.
+    """
+    query, key, value = signals.need("query"), signals.need("key"), signals.need("value")
+    rule, bias = signals.rule, signals.bias
+    if signals.weights is not None or rule.soft_cap is not None or rule.normaliser == "policy":
+        weights = attention_rows(signals).astype(value.dtype)
+        b, h, q, n = weights.shape
+        grouped = weights.reshape(b, value.shape[2], h // value.shape[2], q, n)
+        return jnp.einsum("bkgqn,bnkd->bqkgd", grouped, value).reshape(b, q, h, -1)
+    if signals.pair_bias is not None:
+        pair = signals.pair_bias(slice(None))
+        bias = pair if bias is None else bias + pair
+    if rule.normaliser == "softmax1":  # a key of zeros: logit 0, value 0
+        key, value = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (key, value))
+        bias = None if bias is None else jnp.pad(bias, ((0, 0), (0, 0), (0, 0), (0, 1)))
+    if implementation == "cudnn" and bias is not None and bias.shape[1] == bias.shape[2] == 1:
+        query, key, value = bias_as_columns(query, key, value, bias[:, 0, 0], rule.scale)
+        bias = None
+    out = jax.nn.dot_product_attention(
+        query, key, value, bias=bias, scale=rule.scale, is_causal=rule.causal, implementation=implementation
+    )
+    return out[..., : signals.need("value").shape[-1]]
+
+
+def bias_as_columns(
+    query: Float[Array, "B Q H D"],
+    key: Float[Array, "B N K D"],
+    value: Float[Array, "B N K D"],
+    bias: Float[Array, "#B N"],
+    scale: float,
+) -> tuple[Array, Array, Array]:
+    """Moves an additive bias on keys into 8 more columns (kernels want multiples): 1 in queries, bias/scale in keys.
+
+    In bf16 the bias is split in a high and a low part, so that its rounding is that of the products.
+    """
+    high = (bias / scale).astype(key.dtype)
+    low = (bias / scale - high.astype(jnp.float32)).astype(key.dtype)
+    low = jnp.where(jnp.isfinite(low), low, 0)
+    column = jnp.broadcast_to(jnp.stack([high, low], -1)[:, :, None], (*key.shape[:3], 2))
+    ones = jnp.ones((*query.shape[:3], 2), query.dtype)
+
+    def widen(x, columns):
+        pad = jnp.zeros((*x.shape[:3], 8 - columns.shape[-1]), x.dtype)
+        return jnp.concatenate([x, columns, pad], -1)
+
+    return widen(query, ones), widen(key, column), widen(value, jnp.zeros((*value.shape[:3], 0), value.dtype))
+
+
+def layer_norm(width: int, eps: float, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """Norms run in float32; the two-pass variance is the exact one."""
+    return nnx.LayerNorm(width, epsilon=eps, use_fast_variance=False, dtype=jnp.float32, rngs=rngs)
+
+
+def linear(inputs: int, outputs: int, *, bias: bool, dtype: str, rngs: nnx.Rngs, init=None) -> nnx.Linear:
+    init = init or nnx.initializers.xavier_uniform()
+    return nnx.Linear(inputs, outputs, use_bias=bias, dtype=jnp.dtype(dtype), kernel_init=init, rngs=rngs)
+
+
+class LayerScale(nnx.Module):
+    """A learned factor for every channel of a residual branch (Touvron et al. 2021, CaiT)."""
+
+    def __init__(self, width: int, init: float):
+        self.gamma = nnx.Param(jnp.full((width,), init, jnp.float32))
+
+    def __call__(self, x: Float[Array, "B N C"]) -> Float[Array, "B N C"]:
+        return x * self.gamma[...].astype(x.dtype)
+
+
+class Mlp(nnx.Module):
+    def __init__(self, width: int, hidden: int, activation: str, *, dtype: str, rngs: nnx.Rngs):
+        self.activation = activation
+        self.fc1 = linear(width, hidden, bias=True, dtype=dtype, rngs=rngs)
+        self.fc2 = linear(hidden, width, bias=True, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B N C"]) -> Float[Array, "B N C"]:
+        return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
+
+
+def drop_path(x: Float[Array, "B N C"], rate: float | Array, key: Array | None) -> Float[Array, "B N C"]:
+    """Stochastic depth (Huang et al. 2016): drops a residual branch for whole rows; off without a key."""
+    if key is None:
+        return x
+    kept = jax.random.bernoulli(key, 1 - rate, (x.shape[0], 1, 1))
+    return jnp.where(kept, x / (1 - rate), 0)
+
+
+def pool(tokens: Tokens, how: Literal["cls", "mean", "size_mean"]) -> Float[Array, "B C"]:
+    """One vector a row: token 0, the mean of the other tokens, or their mean weighted by size (padding left out).
+
+    Weighted by size, the mean over merged tokens is the mean over the patches that they stand for (ToMe's MAE models,
+    `tome/patch/mae.py`); where no size is tracked both means are the same.
+    """
+    if how == "cls":
+        return tokens.x[:, 0]
+    x = tokens.x[:, tokens.prefix :].astype(jnp.float32)
+    weight = jnp.ones(x.shape[:2]) if how == "mean" else tokens.sizes()[:, tokens.prefix :]
+    if tokens.valid is not None:
+        weight = weight * tokens.valid[:, tokens.prefix :]
+    total = jnp.maximum(weight.sum(1, keepdims=True), 1e-6)
+    return (jnp.einsum("bnc,bn->bc", x, weight, precision="highest") / total).astype(tokens.x.dtype)
+
+
+def stack(tree: dict[int, Any]) -> Any:
+    """Parameter trees of equal blocks, `{0: ..., 1: ...}`, as one tree with a leading L axis."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(tree[i] for i in range(len(tree))))
+
+
+def unstack(tree: Any) -> dict[int, Any]:
+    """The inverse of `stack`."""
+    depth = jax.tree.leaves(tree)[0].shape[0]
+    return {i: jax.tree.map(lambda leaf, i=i: leaf[i], tree) for i in range(depth)}

@@ -1,0 +1,173 @@
+"""What a block hands to a reducer, and the scores derived from it. Under jit, what nobody reads is never computed.
+
+Scores obey the same rule as the attention itself, and are computed for the rows that are asked for: no `[B,H,N,N]` map.
+"""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Literal
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from tokjax.tokens import Tokens
+
+Queries = slice | Int[Array, "Q"]
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionRule:
+    """How logits become attention, static; shared by the attention of a block and the scores of reducers.
+
+    Attributes:
+        scale: of the query-key products; D**-0.5 in most models, 1 in T5.
+        normaliser: "softmax"; "softmax1", with one phantom key of logit 0 and value 0 (MrT5, Kallini et al. 2024);
+            "policy", the masked softmax of DynamicViT (Rao et al. 2021, eq. 10), which needs `Signals.policy`.
+        soft_cap: logits become `cap * tanh(logits / cap)` before any bias (Gemma 2); None: not capped.
+        causal: a query sees no later key.
+    """
+
+    scale: float = 1.0
+    normaliser: Literal["softmax", "softmax1", "policy"] = "softmax"
+    soft_cap: float | None = None
+    causal: bool = False
+
+
+class Context(struct.PyTreeNode):
+    """What lies outside of the tokens; None where a model has no such thing."""
+
+    grid: tuple[int, int] | None = struct.field(pytree_node=False, default=None)  # patches down and across
+    key: Array | None = None  # PRNG key of this call, one or one a row
+    text: Float[Array, "B T C"] | None = None
+    text_valid: Bool[Array, "B T"] | None = None
+    frames: Int[Array, "B N"] | None = None  # frame of every token
+    image_sizes: Int[Array, "B 2"] | None = None  # height, width in pixels before padding
+
+    def row_keys(self, batch: int, salt: int, seed: int = 0) -> Array:
+        """One key a row, which does not depend on the batch around it; `seed` serves where the call has no key."""
+        key = jax.random.key(seed) if self.key is None else self.key
+        if key.ndim == 0:
+            key = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
+        return jax.vmap(jax.random.fold_in, (0, None))(key, salt)
+
+
+class Signals(struct.PyTreeNode):
+    """The attention inputs of a block; a site that lies before the attention has only the context.
+
+    `bias` holds everything additive that this attention uses. `pair_bias(queries)` gives a further bias `[1|B,H,Q,N]`
+    for the chosen query rows, where a full map would be wasted (relative positions). `weights`, when given, win.
+    """
+
+    query: Float[Array, "B N H D"] | None = None
+    key: Float[Array, "B N K D"] | None = None  # K divides H: grouped queries
+    value: Float[Array, "B N K D"] | None = None
+    bias: Float[Array, "#B #H #N N"] | None = None
+    policy: Float[Array, "B N"] | None = None  # 1 kept, 0 dropped: keys of the policy softmax
+    lse: Float[Array, "B N H"] | None = None  # log-sum-exp of every row's logits, where the kernel gave it
+    weights: Float[Array, "B H N N"] | None = None
+    context: Context = struct.field(default_factory=Context)
+    rule: AttentionRule = struct.field(pytree_node=False, default=AttentionRule())
+    pair_bias: Callable[[Queries], Array] | None = struct.field(pytree_node=False, default=None)
+
+    def need(self, name: str) -> Array:
+        """The field `name`.
+
+        Raises:
+            ValueError: this site has no such signal.
+        """
+        field = getattr(self, name)
+        if field is None:
+            raise ValueError(
+                f"signals.{name}=None: this reducer needs it; hook it in after or around an attention that has it"
+            )
+        return field
+
+
+def _select(x: Array, queries: Queries, axis: int) -> Array:
+    return x[(slice(None),) * axis + (queries,)]
+
+
+def logits(signals: Signals, queries: Queries = slice(None)) -> Float[Array, "B H Q N"]:
+    """Attention logits of the chosen query rows, float32, with scale, soft-cap, biases and causal mask."""
+    rule = signals.rule
+    q, k = _select(signals.need("query"), queries, 1).astype(jnp.float32), signals.need("key").astype(jnp.float32)
+    b, rows, heads, width = q.shape
+    groups = k.shape[2]
+    out = jnp.einsum("bqkgd,bnkd->bkgqn", q.reshape(b, rows, groups, heads // groups, width), k, precision="highest")
+    out = out.reshape(b, heads, rows, -1) * rule.scale
+    if rule.soft_cap is not None:
+        out = rule.soft_cap * jnp.tanh(out / rule.soft_cap)
+    if signals.bias is not None:
+        out += signals.bias if signals.bias.shape[2] == 1 else _select(signals.bias, queries, 2)
+    if signals.pair_bias is not None:
+        out += signals.pair_bias(queries)
+    if rule.causal:
+        n = k.shape[1]
+        out = jnp.where(jnp.arange(n)[queries][:, None] >= jnp.arange(n), out, -1e30)
+    return out
+
+
+def attention_rows(signals: Signals, queries: Queries = slice(None)) -> Float[Array, "B H Q N"]:
+    """Attention probabilities of the chosen query rows, float32, without the others.
+
+    With `signals.lse`, from the kernel's log-sum-exp: `exp(logits - lse)`.
+    """
+    if signals.weights is not None:
+        return _select(signals.weights, queries, 2).astype(jnp.float32)
+    l, rule = logits(signals, queries), signals.rule
+    if rule.normaliser == "policy":
+        policy = signals.need("policy").astype(jnp.float32)[:, None, None]
+        n = policy.shape[-1]
+        own = _select(jnp.eye(n), queries, 0)
+        e = jnp.exp(l - jax.lax.stop_gradient(l.max(-1, keepdims=True))) * (policy + (1 - policy) * own)
+        return (e + 1e-6 / n) / (e.sum(-1, keepdims=True) + 1e-6)
+    if signals.lse is not None:
+        return jnp.exp(l - jnp.moveaxis(_select(signals.lse, queries, 1), 1, 2)[..., None])
+    if rule.normaliser == "softmax1":
+        top = jax.lax.stop_gradient(jnp.maximum(l.max(-1, keepdims=True), 0))
+        e = jnp.exp(l - top)
+        return e / (jnp.exp(-top) + e.sum(-1, keepdims=True))
+    return jax.nn.softmax(l, -1)
+
+
+def cls_attention(signals: Signals) -> Float[Array, "B N"]:
+    """How much token 0 (CLS) attends to every token, mean over heads."""
+    return attention_rows(signals, slice(0, 1)).mean(1)[:, 0]
+
+
+def column_mean(signals: Signals, valid: Bool[Array, "B N"] | None = None, block: int = 128) -> Float[Array, "B N"]:
+    """How much attention every token receives: mean over heads and over (valid) queries.
+
+    Rows are made `block` at a time, so that memory stays at `B H block N`.
+    """
+    n = signals.need("key").shape[1]
+    counted = jnp.ones((1, n)) if valid is None else valid.astype(jnp.float32)
+
+    def received(start, size):
+        take = start + jnp.arange(size) if size < n else slice(None)
+        return (
+            jnp.einsum("bhqn,bq->bn", attention_rows(signals, take), counted[:, take]) / signals.need("query").shape[2]
+        )
+
+    if n <= block:
+        total = received(0, n)
+    else:
+        whole = n // block * block
+        zeros = jnp.zeros((signals.need("key").shape[0], n))
+        total = jax.lax.fori_loop(0, whole // block, lambda i, t: t + received(i * block, block), zeros)
+        if whole < n:
+            total += received(whole, n - whole)
+    return total / jnp.maximum(counted.sum(1, keepdims=True), 1)
+
+
+def importance(tokens: Tokens, signals: Signals) -> Float[Array, "B N"]:
+    """Attention that the CLS token pays; without prefix tokens, attention that a token receives. No gradient."""
+    score = cls_attention(signals) if tokens.prefix else column_mean(signals, tokens.valid)
+    return jax.lax.stop_gradient(score)
+
+
+def mean_key(signals: Signals) -> Float[Array, "B N D"]:
+    """Attention keys averaged over heads, float32, no gradient: the metric of ToMe (Bolya et al. 2023, sec. 3)."""
+    return jax.lax.stop_gradient(signals.need("key").astype(jnp.float32).mean(2))
