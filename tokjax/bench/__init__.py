@@ -1,0 +1,1 @@
+"""Measuring: multiply-accumulates, time, memory."""
