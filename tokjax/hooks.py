@@ -36,6 +36,7 @@ class ModelInfo:
     length: int  # N at the input, prefix included
     prefix: int = 0
     grid: tuple[int, int] | None = None
+    pooling: str = "cls"  # what the head reads: "cls", "mean" or "size_mean"
     sites: frozenset[str] = frozenset(get_args(Where))
 
 

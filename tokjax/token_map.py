@@ -88,6 +88,16 @@ class HardMap(struct.PyTreeNode):
         added = jnp.einsum("bmr,br...->bm...", put, moved, precision="highest", preferred_element_type=jnp.float32)
         return kept + added.astype(x.dtype)
 
+    def max(self, x: Float[Array, "B N *c"]) -> Float[Array, "B M *c"]:
+        """Element-wise maximum of what each slot takes in; weights are ignored."""
+        return jax.vmap(lambda y, i, v: y.at[i].max(v, mode="drop"))(
+            rows(x, self.keep, fill=-jnp.inf), self.into, rows(x, self.moved, fill=-jnp.inf)
+        )
+
+    def min(self, x: Float[Array, "B N *c"]) -> Float[Array, "B M *c"]:
+        """Element-wise minimum of what each slot takes in; weights are ignored."""
+        return -self.max(-x)
+
     def dest(self) -> Int[Array, "B N"]:
         """Slot of every input token; M for dropped ones."""
         m = self.num_out
@@ -153,6 +163,20 @@ def identity(batch: int, length: int) -> HardMap:
     return HardMap(every, nobody, nobody, length)
 
 
+def behind_prefix(map: HardMap, prefix: int) -> HardMap:
+    """The same map for tokens that stand behind `prefix` protected ones, which stay where they are."""
+    if not prefix:
+        return map
+    first = jnp.broadcast_to(jnp.arange(prefix), (map.keep.shape[0], prefix))
+    return HardMap(
+        jnp.concatenate([first, map.keep + prefix], 1),
+        map.moved + prefix,
+        map.into + prefix,
+        map.num_in + prefix,
+        map.weight,
+    )
+
+
 def compose(second: TokenMap, first: TokenMap) -> TokenMap:
     """The map that does `first`, then `second`.
 
@@ -205,6 +229,7 @@ class Plan(struct.PyTreeNode):
     size: TokenMap | None = None  # how sizes move; None: a slot has its anchor's, and untracked stays untracked
     how: How = struct.field(pytree_node=False, default="size")
     valid: Bool[Array, "B M"] | None = None  # of the output slots; None: a slot is valid if anything valid is in it
+    proportional: bool | None = struct.field(pytree_node=False, default=None)  # from here on; None: as it was
     key_bias: Float[Array, "B M"] | None = None  # of the output tokens, replaces theirs
     append: Tokens | None = None  # put behind the output: caches, restored tokens
     carry: Mapping[str, Any] | None = None  # merged into tokens.carry
@@ -223,6 +248,8 @@ def apply(plan: Plan, tokens: Tokens) -> Tokens:
         tokens = _move(plan, tokens)
     if plan.valid is not None:
         tokens = tokens.replace(valid=plan.valid)
+    if plan.proportional is not None:
+        tokens = tokens.replace(proportional=plan.proportional)
     if plan.append is not None:
         tokens = concat(tokens, plan.append)
     if plan.key_bias is not None:
@@ -257,7 +284,7 @@ def _move(plan: Plan, tokens: Tokens) -> Tokens:
         size = plan.size.sum(tokens.sizes())
     valid = tokens.valid
     if valid is not None:
-        valid = m.sum(valid.astype(jnp.float32)) > 0 if isinstance(m, HardMap) else follow(valid)
+        valid = follow(valid) if isinstance(m, SoftMap) else m.replace(weight=None).sum(valid.astype(jnp.float32)) > 0
     return tokens.replace(
         x=x,
         size=size,

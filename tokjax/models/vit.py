@@ -108,7 +108,14 @@ class ViTConfig:
     @property
     def info(self) -> hk.ModelInfo:
         return hk.ModelInfo(
-            self.depth, self.width, self.heads, self.prefix + self.num_patches, self.prefix, self.grid, SITES
+            self.depth,
+            self.width,
+            self.heads,
+            self.prefix + self.num_patches,
+            self.prefix,
+            self.grid,
+            self.pooling,
+            SITES,
         )
 
 

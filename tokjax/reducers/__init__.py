@@ -1,0 +1,171 @@
+"""The registry: every reducer by name, with what a user and the tests must know of it.
+
+`tokjax.reducers.tome(r=13)` makes one; its `plan(tokens, signals)` with `tokjax.apply(plan, tokens)` needs no model
+of ours. Adding a method is one file beside these and one entry here.
+"""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+import difflib
+from typing import Any, Literal
+
+from tokjax.hooks import ModelInfo, Reducer
+from tokjax.reducers.vit.controls import AvgPool, Random, Strided
+from tokjax.reducers.vit.evit import EViT
+from tokjax.reducers.vit.tome import ToMe
+from tokjax.reducers.vit.topk import TopK
+
+Law = Literal["size", "unmerge", "identity", "padding", "bf16", "gradient", "batch"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Knob:
+    """The one setting that turns a reducer's cost, with its values from cheapest to dearest."""
+
+    field: str
+    range: str
+    values: Callable[[ModelInfo], list[Any]]
+
+
+def _rates(info: ModelInfo) -> list[float]:
+    patches = info.length - info.prefix
+    return [k / patches for k in range(1, patches + 1)]
+
+
+def _removed(info: ModelInfo) -> list[int]:
+    return list(range((info.length - info.prefix) // 2, -1, -1))
+
+
+KEEP_RATE = Knob("keep_rate", "(0, 1], lower is cheaper", _rates)
+REMOVED = Knob("r", "0 to half of the patches, higher is cheaper", _removed)
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A registered reducer.
+
+    Attributes:
+        kind: what its map is.
+        paper: authors, year, place.
+        needs: signals that its plan reads.
+        length: "static", or "dynamic" where it depends on the data.
+        padding: whether it obeys the law of padding.
+        knob: what `tokjax.budget.solve` turns.
+        control: whether it is a baseline that looks at no content.
+        conserves: whether sizes are tracked and add up to what they were.
+        neutral: settings with which it does nothing.
+        example: settings for the contract tests, where the defaults would not reduce 17 tokens.
+        exempt: laws of the contract tests that do not hold, with the reason.
+    """
+
+    make: Callable[..., Reducer]
+    kind: str
+    paper: str
+    needs: tuple[str, ...]
+    knob: Knob
+    neutral: Mapping[str, Any]
+    length: Literal["static", "dynamic"] = "static"
+    padding: bool = True
+    control: bool = False
+    conserves: bool = False
+    example: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    exempt: Mapping[Law, str] = dataclasses.field(default_factory=dict)
+
+
+REGISTRY: dict[str, Entry] = {
+    "tome": Entry(
+        make=ToMe,
+        kind="merge",
+        paper="Bolya et al., Token Merging, ICLR 2023",
+        needs=("keys",),
+        knob=REMOVED,
+        neutral={"r": 0},
+        conserves=True,
+        example={"r": 4},
+    ),
+    "topk": Entry(
+        make=TopK,
+        kind="prune",
+        paper="Liang et al., EViT without fusion, ICLR 2022",
+        needs=("CLS attention",),
+        knob=KEEP_RATE,
+        neutral={"keep_rate": 1.0},
+    ),
+    "evit": Entry(
+        make=EViT,
+        kind="prune + fuse",
+        paper="Liang et al., EViT, ICLR 2022",
+        needs=("CLS attention",),
+        knob=KEEP_RATE,
+        neutral={"keep_rate": 1.0},
+        exempt={"unmerge": "the fused token is a weighted sum, so that un-merging gives a copy of it, not of a mean"},
+    ),
+    "random": Entry(
+        make=Random,
+        kind="prune",
+        paper="control",
+        needs=("PRNG key",),
+        knob=KEEP_RATE,
+        neutral={"keep_rate": 1.0},
+        control=True,
+    ),
+    "strided": Entry(
+        make=Strided,
+        kind="prune",
+        paper="control",
+        needs=(),
+        knob=KEEP_RATE,
+        neutral={"keep_rate": 1.0},
+        control=True,
+    ),
+    "avgpool": Entry(
+        make=AvgPool,
+        kind="pool",
+        paper="control",
+        needs=(),
+        knob=KEEP_RATE,
+        neutral={"keep_rate": 1.0},
+        control=True,
+    ),
+}
+
+
+def entry(name: str) -> Entry:
+    """The registered reducer of this name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in REGISTRY:
+        close = difflib.get_close_matches(name, REGISTRY, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"reducer={name!r}: must be one of {', '.join(sorted(REGISTRY))}{hint}")
+    return REGISTRY[name]
+
+
+def create(name: str, **settings: Any) -> Reducer:
+    """Makes a reducer by name; lists in the settings become tuples.
+
+    Raises:
+        ValueError: an unknown name or setting, or a value out of range.
+    """
+    make = entry(name).make
+    known = [field.name for field in dataclasses.fields(make)] if dataclasses.is_dataclass(make) else None
+    for setting in settings:
+        if known is not None and setting not in known:
+            raise ValueError(f"{setting}={settings[setting]!r}: {name} has the settings {', '.join(known)}")
+    return make(**{key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()})
+
+
+def name_of(reducer: Reducer) -> str:
+    """The registered name of a reducer, its class name where it has none."""
+    for name, registered in REGISTRY.items():
+        if registered.make is type(reducer):
+            return name
+    return type(reducer).__name__
+
+
+def __getattr__(name: str) -> Callable[..., Reducer]:
+    if name in REGISTRY:
+        return REGISTRY[name].make
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""Reducers for vision transformers, one file a method."""

@@ -1,0 +1,68 @@
+"""EViT: keep the tokens that CLS attends to, fuse the others into one.
+
+Paper:  Liang et al., "Not All Patches Are What You Need", ICLR 2022 (arXiv 2202.07800).
+Source: youweiliang/evit, `evit.py`, `helpers.py:complement_idx`.
+Kind:   prune and fuse, training-free; static length prefix + ceil(keep_rate * tokens now) + 1.
+Needs:  the CLS row of the attention; without prefix tokens, the attention that a token receives.
+
+Where we follow the code: the fused token is the sum of the others times their CLS attention, not divided by its
+sum; it is a normal token afterwards (no size, counted and dropped like any other). Gradients flow through the
+attention into it.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from tokjax.hooks import Hook, ModelInfo
+from tokjax.reducers.vit import topk
+from tokjax.signals import Signals, cls_attention, column_mean
+from tokjax.token_map import HardMap, Plan
+from tokjax.tokens import Tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class EViT:
+    """Pruning by CLS attention with a fused token, between attention and MLP.
+
+    Attributes:
+        keep_rate: share of the tokens behind the prefix that stay at each location, in (0, 1]; the paper uses 0.9
+            to 0.5.
+        layers: blocks that prune; None: three evenly spread ones, 3, 6, 9 of 12.
+        kept: tokens that stay at each location, in place of keep_rate.
+    """
+
+    keep_rate: float = 0.7
+    layers: tuple[int, ...] | None = None
+    kept: int | tuple[int, ...] | None = None
+
+    def __post_init__(self):
+        topk.check_rate(self.keep_rate, self.kept)
+
+    def hooks(self, info: ModelInfo) -> list[Hook]:
+        return topk.located(self, info)
+
+    def count(self, patches: int) -> int:
+        return topk.count(self, patches)
+
+    def plan(self, tokens: Tokens, signals: Signals) -> Plan | None:
+        n, p = tokens.length, tokens.prefix
+        k = self.count(n - p)
+        if k >= n - p:
+            return None
+        attention = cls_attention(signals) if p else column_mean(signals, tokens.valid)
+        order = topk.ranked(tokens, attention)
+        others = jnp.sort(order[:, k:], -1)
+        fused = jnp.full((tokens.batch, 1), n)  # a slot that only moved tokens fill
+        if tokens.valid is None:
+            keep = topk.select(tokens, jnp.concatenate([order[:, :k], fused], 1)).keep
+            into = jnp.full_like(others, p + k)
+        else:  # every row fuses behind its own count; rows that keep all fuse nothing
+            counts = topk.row_counts(tokens, self.count)[:, None]
+            keep = topk.select(tokens, jnp.concatenate([order[:, :k], fused], 1), counts[:, 0]).keep
+            rank = jnp.argsort(order, -1)
+            inside = (rank >= counts) & tokens.valid[:, p:]
+            others = jnp.argsort(~inside, axis=-1, stable=True)[:, : n - p - k] + p
+            into = jnp.where(jnp.take_along_axis(inside, others - p, 1), p + counts, k + p + 1)
+        share = jnp.take_along_axis(attention, others, 1)
+        return Plan(HardMap(keep, others, into, n, weight=share), how="sum")
