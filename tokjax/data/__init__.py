@@ -1,0 +1,158 @@
+"""Images for training and evaluation: `make(config, split, ...)` opens a source and returns a `Loader`.
+
+`sources` reads, `transforms` changes, `loader` batches.
+"""
+
+import ml_collections
+from ml_collections import config_dict
+
+from tokjax.data.loader import Batch, Loader, LoaderIterator
+from tokjax.data.sources import Digits, ImageFolder, Parquet, Source, keep_decoded, open_source, subset
+from tokjax.data.transforms import Evaluation, ImageError, Mix, Normalise, Training
+from tokjax.errors import UserError
+
+__all__ = [
+    "Batch",
+    "Digits",
+    "Evaluation",
+    "ImageError",
+    "ImageFolder",
+    "Loader",
+    "LoaderIterator",
+    "Mix",
+    "Normalise",
+    "Parquet",
+    "Source",
+    "Training",
+    "default_config",
+    "keep_decoded",
+    "make",
+    "open_source",
+    "subset",
+]
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """The data config of the embedded digits, every field with its meaning; configs start from it."""
+    config = ml_collections.ConfigDict()
+    config.source = "auto"  # digits, parquet, imagefolder; auto: digits without a path, else what the folder holds
+    config.path = ""  # the folder of parquet and imagefolder
+    config.train_split = "train"
+    config.test_split = "test"  # val, validation and test stand for each other
+    config.image_column = config_dict.placeholder(str)  # of parquet; None: found by its type
+    config.label_column = config_dict.placeholder(str)
+    config.cache_gb = 4.0  # of parquet: encoded images kept in memory
+    config.decoded_gb = 1.0  # a source that decoded is no larger is decoded once and kept; 0: never
+    config.subset = config_dict.placeholder(int)  # this many training images, classes in proportion; None: all
+    config.test_subset = config_dict.placeholder(int)
+    config.image_size = (32, 32)  # height, width
+    config.mean = (0.5, 0.5, 0.5)  # of pixels in 0..1; ImageNet: (0.485, 0.456, 0.406) and (0.229, 0.224, 0.225)
+    config.std = (0.5, 0.5, 0.5)
+    config.bad_image_limit = 0  # images that may fail to decode before it is an error
+    config.num_threads = config_dict.placeholder(int)  # None: one a core, at most 16, and 0 for decoded sources
+
+    config.resize = resize = ml_collections.ConfigDict()  # evaluation, and training unless crop is resized
+    resize.mode = "short"  # short: keep the aspect ratio and cut the centre; square: stretch
+    resize.crop_pct = 1.0  # share of the side that the centre cut keeps; ImageNet: 0.875 to 1.0
+
+    config.augment = augment = ml_collections.ConfigDict()  # training only
+    augment.flip = False  # left-right mirror images; not for digits
+    augment.crop = "pad"  # pad: CIFAR; resized: ImageNet; none
+    augment.pad = 4  # pixels of crop=pad
+    augment.scale = (0.08, 1.0)  # area share of crop=resized
+    augment.ratio = (3 / 4, 4 / 3)  # width / height of crop=resized
+    augment.mixup = 0.0  # alpha of Beta(alpha, alpha); 0: off. DeiT: 0.8
+    augment.cutmix = 0.0  # the same. DeiT: 1.0
+    augment.mix_prob = 1.0  # share of the batches that are mixed
+    augment.switch_prob = 0.5  # share of CutMix where both are on
+    augment.label_smoothing = 0.0
+    return config
+
+
+def make(
+    config: ml_collections.ConfigDict,
+    split: str,
+    *,
+    batch_size: int,
+    train: bool,
+    seed: int = 0,
+    process_index: int | None = None,
+    process_count: int | None = None,
+    num_epochs: int | None = None,
+) -> Loader:
+    """Opens a split and returns its loader.
+
+    Args:
+        config: fields of `default_config`; those that are missing have its values.
+        split: `train` or `test` for the config's `train_split` or `test_split`, or the name of another split.
+        batch_size: rows of this process.
+        train: shuffled, augmented and endless, or in order, once and padded.
+        seed: of order and augmentation. The subset does not depend on it.
+        process_index: None: jax's.
+        process_count: None: jax's.
+        num_epochs: None: endless in training, one in evaluation.
+
+    Raises:
+        UserError: a field that does not exist or has a wrong value, or whatever the source or the loader finds.
+    """
+    config = _complete(config)
+    name = {"train": config.train_split, "test": config.test_split}.get(split, split)
+    source = open_source(config, name)
+    part = config.subset if split in ("train", config.train_split) else config.test_subset
+    augment, resize = config.augment, config.resize
+    try:
+        if part is not None:
+            source = subset(source, part)
+        source = keep_decoded(source, int(config.decoded_gb * (1 << 30)))
+        size = tuple(config.image_size)
+        transform: Training | Evaluation
+        mix = None
+        if train:
+            transform = Training(
+                size,
+                flip=augment.flip,
+                crop=None if augment.crop in ("none", "", None) else augment.crop,
+                pad=augment.pad,
+                scale=tuple(augment.scale),
+                ratio=tuple(augment.ratio),
+                mode=resize.mode,
+                crop_pct=resize.crop_pct,
+            )
+            if augment.mixup or augment.cutmix or augment.label_smoothing:
+                mix = Mix(
+                    source.num_classes,
+                    mixup=augment.mixup,
+                    cutmix=augment.cutmix,
+                    prob=augment.mix_prob,
+                    switch_prob=augment.switch_prob,
+                    label_smoothing=augment.label_smoothing,
+                )
+        else:
+            transform = Evaluation(size, mode=resize.mode, crop_pct=resize.crop_pct)
+        return Loader(
+            source,
+            batch_size=batch_size,
+            train=train,
+            transform=transform,
+            normalise=Normalise(tuple(config.mean), tuple(config.std)),
+            mix=mix,
+            seed=seed,
+            process_index=process_index,
+            process_count=process_count,
+            num_epochs=num_epochs,
+            num_threads=config.num_threads,
+            bad_image_limit=config.bad_image_limit,
+        )
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"data config: {error}") from error
+
+
+def _complete(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    complete = default_config()
+    try:
+        complete.update(config.to_dict())
+    except (KeyError, TypeError) as error:
+        raise UserError(f"data config: {str(error.args[0]).splitlines()[0]}") from error
+    return complete
