@@ -1,1 +1,33 @@
-"""tokjax: token reduction for transformers in JAX."""
+"""tokjax: token reduction for transformers in JAX.
+
+    model = tokjax.load("facebook/deit-small-patch16-224")
+    fast = tokjax.reduce(model, "tome", r=13)
+    logits, trace = fast(images, trace=True)
+
+Underneath, `tokjax.reducers.tome(r=13).plan(Tokens(...), Signals(...))` and `apply(plan, tokens)` work on anybody's
+arrays.
+"""
+
+from tokjax import reducers
+from tokjax.api import Model, Trace, build, load, reduce, save
+from tokjax.signals import Context, Signals
+from tokjax.token_map import HardMap, Plan, SoftMap, apply, compose
+from tokjax.tokens import Tokens
+
+__all__ = [
+    "Context",
+    "HardMap",
+    "Model",
+    "Plan",
+    "Signals",
+    "SoftMap",
+    "Tokens",
+    "Trace",
+    "apply",
+    "build",
+    "compose",
+    "load",
+    "reduce",
+    "reducers",
+    "save",
+]

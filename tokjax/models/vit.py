@@ -146,6 +146,8 @@ class LayerTrace(struct.PyTreeNode):
     origin: Int[Array, "B N0"]  # slot of every input token after the block, N if dropped
     size: Float[Array, "B N"] | None
     tokens: Int[Array, "B"]  # valid tokens that entered the MLP
+    length: int = struct.field(pytree_node=False)  # their number with empty slots: what is paid for
+    slots: int = struct.field(pytree_node=False)  # after the block; an origin of this many was dropped
 
 
 class ViTOutput(struct.PyTreeNode):
@@ -201,8 +203,8 @@ class Block(nnx.Module):
         layer: int = 0,
         context: Context | None = None,
         drop: tuple[float | Array, Array] | None = None,
-    ) -> tuple[Tokens, Int[Array, "B"]]:
-        """Attention and MLP with their hooks; also how many valid tokens entered the MLP. `drop`: rate, key."""
+    ) -> tuple[Tokens, Tokens]:
+        """Attention and MLP with their hooks; also the tokens as they entered the MLP. `drop`: rate, key."""
         outside = Signals(context=context or Context())
         tokens = hk.reduce(hooks, "before_block", layer, tokens, outside)
         inside = [outside]  # the signals of this block's attention, once it has run on all tokens
@@ -223,7 +225,7 @@ class Block(nnx.Module):
 
         tokens = branch("around_attention", tokens, self.norm1, attend, "ls1", 0)
         tokens = hk.reduce(hooks, "after_attention", layer, tokens, inside[0])
-        entered = tokens.count()
+        entered = tokens
         tokens = branch("around_mlp", tokens, self.norm2, lambda part: self.mlp(part.x), "ls2", 1)
         return hk.reduce(hooks, "after_block", layer, tokens, inside[0]), entered
 
@@ -335,7 +337,7 @@ class ViT(nnx.Module):
             if readout:
                 states.append(tokens)
             if tokens.origin is not None:
-                traces.append(LayerTrace(tokens.origin, tokens.size, entered))
+                traces.append(LayerTrace(tokens.origin, tokens.size, entered.count(), entered.length, tokens.length))
         pooled = readout[0](tuple(states)) if readout else None
         return self._head(tokens, pooled, tuple(traces) if tokens.origin is not None else None)
 
