@@ -1,0 +1,703 @@
+"""Pictures of what merged with what, and the plots of a comparison.
+
+Everything here runs on the host with numpy, Pillow and matplotlib; jax arrays are accepted wherever numpy arrays are.
+Pictures are uint8 arrays `[H, W, 3]`, one image at a time. Plots are `matplotlib.figure.Figure` objects that were made
+without pyplot, so nothing is global and no display is needed. `save_png` writes either.
+
+Patches are counted row by row over a grid that need not be square. The rendering of merged regions (mean colour inside,
+a coloured ring around every region) is the one that Bolya et al., "Token Merging: Your ViT but Faster" (ICLR 2023), use
+for their figures; for the same source map and colours `merged_regions` gives their picture.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+import io
+import math
+import os
+from pathlib import Path
+import random
+import secrets
+from typing import Any, Literal, NamedTuple, TypeGuard
+
+from jaxtyping import Bool, Float, Int, UInt8
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+Array = np.ndarray
+Role = Literal["baseline", "control", "method"]
+
+BASELINES = ("none", "unreduced")  # names under which the unreduced model stands in a table of results
+# Okabe and Ito's colours without black and yellow, which are kept for text and are lost on white.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5195")
+GREYS = ("#6E6E6E", "#9A9A9A", "#B9B9B9")
+MARKERS = "osD^vPX<>"
+# Key of a row -> (axis label, factor from the stored number to the shown one).
+AXES = {
+    "accuracy": ("accuracy [%]", 100.0),
+    "agreement": ("agreement with the unreduced model [%]", 100.0),
+    "macs": ("MACs per image [G]", 1e-9),
+    "macs_relative": ("MACs relative to the unreduced model", 1.0),
+    "mean_tokens": ("mean tokens a layer", 1.0),
+    "images_per_s": ("images per second", 1.0),
+    "speedup": ("measured speed-up [×]", 1.0),
+}
+_INK, _FAINT = "#222222", "#D9D9D9"
+
+
+class Picture(NamedTuple):
+    """A uint8 picture `[H, W, 3]`, or a figure, with its caption."""
+
+    image: Array | Figure
+    caption: str = ""
+
+
+# --- groups of patches ------------------------------------------------------------------------------------------------
+
+
+def groups_of(source: Float[Array, "K N0"], prefix: int = 1) -> Int[Array, " P"]:
+    """Group of every patch from a source map: the row that holds the largest share of it.
+
+    Args:
+        source: share of input token j in slot k, `[K, prefix + P]`; binary for merges.
+        prefix: leading input tokens that are no patches (class, distillation and register tokens).
+
+    Returns:
+        Slot of every patch, `[P]`; -1 where the whole column is zero (the patch was dropped).
+
+    Raises:
+        ValueError: `source` is not a matrix of finite numbers with more than `prefix` columns.
+    """
+    source = np.asarray(source, np.float32)
+    if source.ndim != 2 or 0 in source.shape:
+        raise ValueError(f"source must be a matrix [slots, tokens] of one image, got shape {source.shape}")
+    _check_prefix(prefix, source.shape[1], "source")
+    if not np.isfinite(source).all():
+        raise ValueError("source must hold finite numbers only")
+    patches = source[:, prefix:]
+    return np.where(np.any(patches != 0, 0), patches.argmax(0), -1)
+
+
+def groups_of_origin(origin: Int[Array, " N0"], prefix: int = 1, slots: int | None = None) -> Int[Array, " P"]:
+    """Group of every patch from `Tokens.origin`, the slot that now holds each input token.
+
+    Args:
+        origin: slot of every input token, `[prefix + P]`; the number of slots means dropped.
+        prefix: leading input tokens that are no patches.
+        slots: their number. None leaves the numbers as they are: whether the largest one is a slot or
+            means dropped cannot be told from `origin` alone, so then give `num_groups` to `merged_regions`.
+
+    Returns:
+        Slot of every patch, `[P]`; with `slots`, -1 for dropped patches.
+
+    Raises:
+        ValueError: wrong shape or dtype, or a slot outside 0..slots.
+    """
+    origin = _integers("origin", origin)
+    _check_prefix(prefix, len(origin), "origin")
+    if origin.min() < 0 or (slots is not None and origin.max() > slots):
+        highest = "" if slots is None else f"..{slots}"
+        raise ValueError(f"origin must hold slots 0{highest}, got {origin.min()}..{origin.max()}")
+    groups = origin[prefix:]
+    return groups if slots is None else np.where(groups >= slots, -1, groups)
+
+
+def region_colors(count: int, seed: int = 0) -> Float[Array, "K 3"]:
+    """`count` RGB colours in 0..1: three draws of Python's `random.Random(seed)` each, as the published figures use."""
+    draw = random.Random(seed).random
+    return np.array([[draw(), draw(), draw()] for _ in range(count)], np.float64).reshape(count, 3)
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def to_uint8(
+    image: Float[Array, "H W C"], mean: float | Sequence[float] = 0.0, std: float | Sequence[float] = 1.0
+) -> UInt8[Array, "H W 3"]:
+    """Undoes `(pixels / 255 - mean) / std` and rounds to uint8; one channel becomes three equal ones.
+
+    Raises:
+        ValueError: not `[H, W, 1 or 3]`, numbers that are not finite, or a mean or std that does not fit the channels.
+    """
+    pixels = np.asarray(image)
+    if pixels.ndim != 3 or pixels.shape[-1] not in (1, 3) or 0 in pixels.shape:
+        raise ValueError(f"image must be [height, width, 1 or 3], got shape {pixels.shape}")
+    pixels = pixels.astype(np.float32)
+    if not np.isfinite(pixels).all():
+        raise ValueError("image must hold finite numbers only")
+    moments = []
+    for name, value in (("mean", mean), ("std", std)):
+        moment = np.asarray(value, np.float32)
+        if moment.shape not in ((), (1,), pixels.shape[-1:]) or not np.isfinite(moment).all():
+            raise ValueError(f"{name} must be one number or one for each of {pixels.shape[-1]} channels, got {value}")
+        moments.append(moment)
+    if (moments[1] <= 0).any():
+        raise ValueError(f"std must be positive, got {std}")
+    pixels = np.clip(pixels * moments[1] + moments[0], 0, 1)
+    return np.broadcast_to(np.round(255 * pixels).astype(np.uint8), (*pixels.shape[:2], 3)).copy()
+
+
+def merged_regions(
+    image: UInt8[Array, "H W 3"],
+    groups: Int[Array, " P"],
+    patch_size: int,
+    grid: tuple[int, int] | None = None,
+    colors: Float[Array, "K 3"] | None = None,
+    seed: int = 0,
+    num_groups: int | None = None,
+) -> UInt8[Array, "H W 3"]:
+    """Paints every group of patches in its mean colour with a ring in a colour of its own.
+
+    The ring is what one erosion with a 3 x 3 cross takes away from the group's pixels, where everything outside the
+    image counts as another group: it is one pixel wide and also runs along the image border. A group need not be
+    connected. Dropped patches are no group: they show the picture itself, blue-grey and with little contrast.
+
+    Args:
+        image: uint8 `[H, W, 3]`, both sides multiples of `patch_size`.
+        groups: group of every patch, row by row, `[P]`. -1, and `num_groups` or more, mean dropped.
+        patch_size: side of a patch in pixels.
+        grid: rows and columns of patches, checked against the image; None reads them from it.
+        colors: ring colours in 0..1, `[K, 3]` with K >= `num_groups`; None draws `region_colors(num_groups, seed)`.
+        seed: of the ring colours.
+        num_groups: number of groups; None: the largest group plus one.
+
+    Raises:
+        ValueError: an argument of the wrong shape, dtype or range.
+    """
+    image = _check_image(image)
+    rows, columns = _check_grid(image, patch_size, grid)
+    groups = _integers("groups", groups)
+    if len(groups) != rows * columns:
+        raise ValueError(f"groups must name {rows} x {columns} = {rows * columns} patches, got {len(groups)}")
+    if groups.min() < -1:
+        raise ValueError(f"groups must be -1 (dropped) or more, got {groups.min()}")
+    count = int(groups.max()) + 1 if num_groups is None else num_groups
+    if count < 0:
+        raise ValueError(f"num_groups must be 0 or more, got {num_groups}")
+    ring = region_colors(count, seed) if colors is None else np.asarray(colors, np.float64)
+    if ring.ndim != 2 or ring.shape[1] != 3 or len(ring) < count:
+        raise ValueError(f"colors must be [{count} or more, 3], one RGB colour for each group, got shape {ring.shape}")
+    if not ((ring >= 0) & (ring <= 1)).all():
+        raise ValueError("colors must lie in 0..1")
+
+    # One more group, the last, collects what was dropped; it gets painted over at the end.
+    groups = np.where((groups < 0) | (groups >= count), count, groups)
+    label = _pixels_of(groups.reshape(rows, columns), patch_size)
+    area = np.maximum(np.bincount(label.ravel(), minlength=count + 1), 1)
+    total = np.stack([np.bincount(label.ravel(), image[..., c].ravel(), count + 1) for c in range(3)], -1)
+    mean = (total // area[:, None]).astype(np.uint8)  # sums of uint8 are exact, so this is the truncated mean
+    around = np.pad(label, 1, constant_values=-1)
+    neighbours = (around[:-2, 1:-1], around[2:, 1:-1], around[1:-1, :-2], around[1:-1, 2:])
+    inside = np.logical_and.reduce([label == other for other in neighbours])
+    ring = np.concatenate([(255 * ring[:count]).astype(np.uint8), np.zeros((1, 3), np.uint8)])
+    painted = np.where(inside[..., None], mean[label], ring[label])
+    return np.where((label == count)[..., None], _faded(image), painted)
+
+
+def kept_pictures(
+    image: UInt8[Array, "H W 3"],
+    kept: Bool[Array, "L P"] | Sequence[Bool[Array, " P"]],
+    patch_size: int,
+    grid: tuple[int, int] | None = None,
+    *,
+    layers: Sequence[int] | None = None,
+    side: int = 224,
+) -> list[Picture]:
+    """The image, and what is left of it after each chosen layer; dropped patches turn blue-grey and lose contrast.
+
+    Args:
+        image: uint8 `[H, W, 3]`.
+        kept: whether patch p is still there after layer l, bool `[L, P]` or L arrays `[P]`.
+        patch_size: side of a patch in pixels.
+        grid: rows and columns of patches, checked against the image.
+        layers: which rows of `kept` to show, counted from 0 (captions count from 1); None: all.
+        side: smaller images are enlarged by a whole factor to about this many pixels.
+
+    Raises:
+        ValueError: an argument of the wrong shape, dtype or range.
+    """
+    image = _check_image(image)
+    shape = _check_grid(image, patch_size, grid)
+    masks = [np.asarray(mask) for mask in kept]
+    count = shape[0] * shape[1]
+    for layer, mask in enumerate(masks):
+        if mask.dtype != np.bool_ or mask.shape != (count,):
+            raise ValueError(
+                f"kept[{layer}] must be bool [{count}], one for each of {shape[0]} x {shape[1]} patches, "
+                f"got {mask.dtype} {list(mask.shape)}"
+            )
+    chosen = _check_layers(layers, len(masks), "kept")
+    factor = _factor(image, side)
+    image = _pixels_of(image, factor)
+    pictures = [Picture(image, f"image\n{count} patches")]
+    for layer in chosen:
+        alive = _pixels_of(masks[layer].reshape(shape), factor * patch_size)
+        seen = np.where(alive[..., None], image, _faded(image))
+        pictures.append(Picture(seen, f"after layer {layer + 1} of {len(masks)}\n{masks[layer].sum()} patches"))
+    return pictures
+
+
+def kept_patches(
+    image: UInt8[Array, "H W 3"],
+    kept: Bool[Array, "L P"] | Sequence[Bool[Array, " P"]],
+    patch_size: int,
+    grid: tuple[int, int] | None = None,
+    *,
+    columns: int = 7,
+    **options: Any,
+) -> UInt8[Array, "H2 W2 3"]:
+    """`kept_pictures`, with the same options, as one strip that wraps after `columns` pictures."""
+    return _strip(kept_pictures(image, kept, patch_size, grid, **options), columns)
+
+
+def merge_pictures(
+    image: UInt8[Array, "H W 3"],
+    origins: Sequence[Int[Array, " N0"]],
+    slots: Sequence[int],
+    patch_size: int,
+    grid: tuple[int, int] | None = None,
+    *,
+    prefix: int = 1,
+    layers: Sequence[int] | None = None,
+    side: int = 224,
+    seed: int = 0,
+) -> list[Picture]:
+    """The image, and its merged regions after each chosen layer, with the layer and its token count as captions.
+
+    A region takes the ring colour of its first patch, so that it keeps its colour from layer to layer although its
+    slot changes.
+
+    Args:
+        image: uint8 `[H, W, 3]`.
+        origins: slot of every input token after each layer, L arrays `[prefix + P]` (`Tokens.origin` of one image).
+        slots: their number after each layer, L integers; an origin that equals it was dropped.
+        patch_size: side of a patch in pixels.
+        grid: rows and columns of patches, checked against the image.
+        prefix: leading tokens that are no patches.
+        layers: which layers to show, counted from 0 (captions count from 1); None: all.
+        side: smaller images are enlarged by a whole factor to about this many pixels.
+        seed: of the ring colours.
+
+    Raises:
+        ValueError: an argument of the wrong shape, dtype or range.
+    """
+    image = _check_image(image)
+    shape = _check_grid(image, patch_size, grid)
+    if len(origins) != len(slots):
+        raise ValueError(f"origins and slots must be as long as each other, got {len(origins)} and {len(slots)}")
+    chosen = _check_layers(layers, len(origins), "origins")
+    factor = _factor(image, side)
+    image = _pixels_of(image, factor)
+    count = shape[0] * shape[1]
+    pictures = [Picture(image, f"image\n{prefix + count} tokens")]
+    for layer in chosen:
+        groups = _named_by_first(groups_of_origin(origins[layer], prefix, int(slots[layer])))
+        regions = merged_regions(image, groups, factor * patch_size, shape, seed=seed, num_groups=count)
+        pictures.append(Picture(regions, f"after layer {layer + 1} of {len(origins)}\n{int(slots[layer])} tokens"))
+    return pictures
+
+
+def merge_strip(
+    image: UInt8[Array, "H W 3"],
+    origins: Sequence[Int[Array, " N0"]],
+    slots: Sequence[int],
+    patch_size: int,
+    grid: tuple[int, int] | None = None,
+    *,
+    columns: int = 7,
+    **options: Any,
+) -> UInt8[Array, "H2 W2 3"]:
+    """`merge_pictures`, with the same options, as one strip that wraps after `columns` pictures."""
+    return _strip(merge_pictures(image, origins, slots, patch_size, grid, **options), columns)
+
+
+def image_grid(
+    images: Sequence[UInt8[Array, "H W 3"]],
+    labels: Sequence[str] | None = None,
+    *,
+    columns: int | None = None,
+    gap: int = 10,
+    font_size: int = 14,
+) -> UInt8[Array, "H2 W2 3"]:
+    """Pictures on a white grid, each with its caption below; captions break into lines where they do not fit.
+
+    Args:
+        images: uint8 `[H, W, 3]` each; sizes may differ, every cell is as large as the largest.
+        labels: one caption a picture; None: no captions.
+        columns: pictures in a row; None: about as many as there are rows, at least four.
+        gap: pixels between and around the cells.
+        font_size: of the captions, in pixels.
+
+    Raises:
+        ValueError: no pictures, pictures of the wrong kind, or another number of captions than of pictures.
+    """
+    pictures = [_check_image(image, f"images[{i}]") for i, image in enumerate(images)]
+    if not pictures:
+        raise ValueError("images must hold at least one picture")
+    if labels is not None and len(labels) != len(pictures):
+        raise ValueError(f"labels must hold one caption for each of {len(pictures)} images, got {len(labels)}")
+    columns = max(4, math.ceil(math.sqrt(len(pictures)))) if columns is None else columns
+    if columns < 1 or gap < 0 or font_size < 1:
+        raise ValueError(
+            f"columns and font_size must be 1 or more and gap 0 or more, got {columns}, {font_size}, {gap}"
+        )
+    columns = min(columns, len(pictures))
+    rows = math.ceil(len(pictures) / columns)
+    font = ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")), font_size)
+    height = max(picture.shape[0] for picture in pictures)
+    width = max(picture.shape[1] for picture in pictures)
+    if labels is not None:
+        width = max(width, 7 * font_size)  # a caption needs some room under a small picture
+    captions = [_wrapped(label, font, width) for label in labels] if labels is not None else [[]]
+    line = math.ceil(1.25 * font_size)
+    below = max(map(len, captions)) * line
+    below += gap // 2 if below else 0
+    cell_height, cell_width = height + below + gap, width + gap
+    canvas = Image.new("RGB", (columns * cell_width + gap, rows * cell_height + gap), "white")
+    draw = ImageDraw.Draw(canvas)
+    for i, picture in enumerate(pictures):
+        left, top = gap + i % columns * cell_width, gap + i // columns * cell_height
+        h, w = picture.shape[:2]
+        canvas.paste(Image.fromarray(picture), (left + (width - w) // 2, top + (height - h) // 2))
+        for j, text in enumerate(captions[i] if labels is not None else []):
+            place = (left + width / 2, top + height + gap // 2 + j * line)
+            draw.text(place, text, _INK if j == 0 else "#555555", font, anchor="ma")
+    return np.asarray(canvas)
+
+
+# --- plots ------------------------------------------------------------------------------------------------------------
+
+
+def row_role(row: Mapping[str, Any], baseline: str | None = None, controls: Iterable[str] = ()) -> Role:
+    """What a row of results is: the unreduced model, a control, or a method.
+
+    Args:
+        row: `{"method": ..., "control": bool, ...}`.
+        baseline: method name of the unreduced model; None: any of `BASELINES`.
+        controls: method names that are controls, beside the rows that say `"control": True`.
+    """
+    method = row.get("method")
+    if method == baseline or (baseline is None and method in BASELINES):
+        return "baseline"
+    return "control" if row.get("control") or method in tuple(controls) else "method"
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether a value of a row of results is one finite number: numpy and jax scalars are, truth values are not."""
+    if isinstance(value, (bool, np.bool_, str)) or np.ndim(value):
+        return False
+    try:
+        return math.isfinite(float(value))
+    except (TypeError, ValueError):
+        return False
+
+
+def method_label(method: str, role: Role) -> str:
+    """How tables and plots call a method: its name, and what it is if it is no plain method."""
+    if role == "baseline":
+        return "unreduced" if method in BASELINES else f"{method} (unreduced)"
+    return f"{method} (control)" if role == "control" else method
+
+
+def pareto_plot(
+    rows: Sequence[Mapping[str, Any]],
+    x: str = "macs_relative",
+    y: str = "accuracy",
+    by: str = "method",
+    baseline: str | None = None,
+    controls: Sequence[str] = (),
+    title: str | None = None,
+) -> Figure:
+    """Quality over cost: a line for each method, controls dashed and grey, the unreduced model as a star and a line.
+
+    Args:
+        rows: results; those without a finite `x` and `y` (a target that was not reachable) are left out.
+        x: key of the cost, in `AXES` or any other numeric key.
+        y: key of the quality.
+        by: key that names a line.
+        baseline: method name of the unreduced model; None: any of `BASELINES`.
+        controls: method names that are controls, beside the rows that say `"control": True`.
+        title: above the plot.
+
+    Raises:
+        ValueError: no row has both numbers.
+    """
+    series: dict[tuple[Role, str], list[tuple[float, float]]] = {}
+    for row in rows:
+        if is_number(row.get(x)) and is_number(row.get(y)):
+            point = float(row[x]) * _axis(x)[1], float(row[y]) * _axis(y)[1]
+            series.setdefault((row_role(row, baseline, controls), str(row.get(by, "?"))), []).append(point)
+    if not series:
+        raise ValueError(f"rows must hold at least one with finite numbers under {x!r} and {y!r}, got {len(rows)} rows")
+    figure, (axes,) = _figure(1, len(series))
+    taken = dict.fromkeys(("baseline", "control", "method"), 0)
+    for (role, name), points in series.items():
+        xs, ys = zip(*sorted(points), strict=True)
+        place, taken[role] = taken[role], taken[role] + 1
+        if role == "baseline":
+            axes.axhline(max(ys), color=_INK, linewidth=0.8, linestyle=(0, (1, 3)), zorder=1)
+            axes.plot(xs, ys, "*", color=_INK, markersize=13, label=method_label(name, role), zorder=4)
+        elif role == "control":
+            axes.plot(xs, ys, label=method_label(name, role), zorder=2, **_control_style(place))
+        else:
+            axes.plot(xs, ys, label=name, zorder=3, **_style(place))
+    _finish(figure, axes, _axis(x)[0], _axis(y)[0], title)
+    return figure
+
+
+def token_count_plot(counts: Mapping[str, Sequence[float]], title: str | None = None) -> Figure:
+    """How many tokens each layer works on: one staircase a name, `{name: [tokens in layer 1, in layer 2, ...]}`.
+
+    Raises:
+        ValueError: nothing to draw, or a count that is not a finite number from 0.
+    """
+    if not counts:
+        raise ValueError("counts must name at least one list of token counts")
+    figure, (axes,) = _figure(1, len(counts))
+    names = [name for name in counts if name not in BASELINES]  # colours skip the unreduced model, as in pareto_plot
+    for name, values in counts.items():
+        place = names.index(name) if name in names else 0
+        tokens = np.asarray(values, np.float64)
+        if tokens.ndim != 1 or not len(tokens) or not np.isfinite(tokens).all() or tokens.min() < 0:
+            raise ValueError(f"counts[{name!r}] must be one number from 0 for each layer, got {values}")
+        layer = np.arange(1, len(tokens) + 1)
+        style = _style(place) | {"markersize": 4 if len(tokens) <= 32 else 0}
+        label = name
+        if name in BASELINES:
+            label = method_label(name, "baseline")
+            style |= {"color": _INK, "linestyle": (0, (1, 2)), "markersize": 0}
+        axes.plot(layer, tokens, label=label, drawstyle="steps-mid", **style)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    axes.set_ylim(bottom=0)
+    _finish(figure, axes, "layer", "tokens", title)
+    return figure
+
+
+def curves_plot(
+    runs: Mapping[str, Sequence[Mapping[str, Any]]] | Sequence[Mapping[str, Any]],
+    panels: Sequence[str] = ("loss", "accuracy"),
+    x: str = "step",
+    title: str | None = None,
+) -> Figure:
+    """Training curves, one panel a quantity, from the rows that training wrote.
+
+    A panel shows every key that is its name or ends in it after `_` or `/` (`loss`, `train_loss`, `val/loss`). Rows
+    need not hold every key; numbers that are missing or not finite leave no point. Panels without any are left out.
+
+    Args:
+        runs: rows `{"step": 10, "loss": 2.1, ...}` of one run, or `{name: rows}` of several.
+        panels: names of the quantities.
+        x: key of the horizontal axis.
+        title: above the plot.
+
+    Raises:
+        ValueError: no panel has anything to show.
+    """
+    named = runs if isinstance(runs, Mapping) else {"": runs}
+    lines: dict[str, dict[str, tuple[list[float], list[float]]]] = {panel: {} for panel in panels}
+    for run, rows in named.items():
+        for row in rows:
+            for key, value in row.items():
+                panel = next((p for p in panels if key == p or key.endswith((f"_{p}", f"/{p}"))), None)
+                if panel and is_number(value) and is_number(row.get(x)):
+                    label = f"{run} · {key}" if run and len(named) > 1 else key
+                    xs, ys = lines[panel].setdefault(label, ([], []))
+                    xs.append(float(row[x]))
+                    ys.append(float(value) * _axis(panel)[1])
+    filled = {panel: found for panel, found in lines.items() if found}
+    if not filled:
+        raise ValueError(f"runs must hold finite numbers under {x!r} and one of {list(panels)}")
+    figure, all_axes = _figure(len(filled), max(map(len, filled.values())))
+    for axes, (panel, found) in zip(all_axes, filled.items(), strict=True):
+        for place, (label, (xs, ys)) in enumerate(found.items()):
+            dots = {"markersize": 4 if len(xs) <= 25 else 0}
+            axes.plot(xs, ys, label=label, **(_style(place) | dots))
+        _finish(figure, axes, x, _axis(panel)[0], None)
+    if title:
+        figure.suptitle(title, color=_INK, fontsize=12)
+    return figure
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def png_bytes(picture: Figure | UInt8[Array, "H W *C"], dpi: int = 160) -> bytes:
+    """A figure or a uint8 picture (`[H, W]`, `[H, W, 3]` or `[H, W, 4]`) as a PNG file's content.
+
+    Raises:
+        ValueError: neither of them.
+    """
+    buffer = io.BytesIO()
+    if isinstance(picture, Figure):
+        picture.savefig(buffer, format="png", dpi=dpi, facecolor="white")
+        return buffer.getvalue()
+    pixels = np.asarray(picture)
+    if pixels.dtype != np.uint8 or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (3, 4))):
+        raise ValueError(f"a picture must be a Figure or uint8 [H, W, 3], got {pixels.dtype} {list(pixels.shape)}")
+    Image.fromarray(pixels).save(buffer, format="png", optimize=True)
+    return buffer.getvalue()
+
+
+def save_png(picture: Figure | UInt8[Array, "H W *C"], path: str | Path, dpi: int = 160) -> Path:
+    """Writes a figure or a picture as PNG, whole or not at all; missing folders are made.
+
+    Raises:
+        ValueError: `picture` is neither a figure nor a uint8 picture, or `path` does not end in .png.
+    """
+    if Path(path).suffix.lower() != ".png":
+        raise ValueError(f"path must end in .png, got {str(path)!r}")
+    return write_whole(path, png_bytes(picture, dpi))
+
+
+def write_whole(path: str | Path, content: bytes) -> Path:
+    """Writes a file under a temporary name beside it and renames that, so that no reader ever sees half of it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with beside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+    return path
+
+
+# --- shared pieces ----------------------------------------------------------------------------------------------------
+
+
+def _check_image(image: Any, name: str = "image") -> UInt8[Array, "H W 3"]:
+    image = np.asarray(image)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+        raise ValueError(f"{name} must be uint8 [height, width, 3], got {image.dtype} {list(image.shape)}")
+    return image
+
+
+def _check_grid(image: Array, patch_size: int, grid: tuple[int, int] | None) -> tuple[int, int]:
+    height, width = image.shape[:2]
+    if patch_size < 1 or height % patch_size or width % patch_size:
+        raise ValueError(f"patch_size must divide the image's {height} x {width} pixels, got {patch_size}")
+    shape = height // patch_size, width // patch_size
+    if grid is not None and tuple(grid) != shape:
+        raise ValueError(
+            f"grid must be {shape}, as {height} x {width} pixels have with patch_size {patch_size}, got {tuple(grid)}"
+        )
+    return shape
+
+
+def _check_prefix(prefix: int, tokens: int, name: str) -> None:
+    if not 0 <= prefix < tokens:
+        raise ValueError(f"prefix must be from 0 to below the {tokens} tokens of {name}, got {prefix}")
+
+
+def _check_layers(layers: Sequence[int] | None, count: int, name: str) -> list[int]:
+    chosen = list(range(count)) if layers is None else [int(layer) for layer in layers]
+    if not chosen or any(not 0 <= layer < count for layer in chosen):
+        raise ValueError(f"layers must be one or more of 0..{count - 1}, the entries of {name}, got {chosen}")
+    return chosen
+
+
+def _integers(name: str, values: Any) -> Int[Array, " P"]:
+    values = np.asarray(values)
+    if values.ndim != 1 or not len(values) or not np.issubdtype(values.dtype, np.integer):
+        raise ValueError(f"{name} must be integers [P] of one image, got {values.dtype} {list(values.shape)}")
+    return values.astype(np.int64)
+
+
+def _pixels_of(cells: Array, size: int) -> Array:
+    """Every cell of `[rows, columns, ...]` as a square of `size` x `size`."""
+    return cells.repeat(size, 0).repeat(size, 1)
+
+
+def _factor(image: Array, side: int) -> int:
+    if side < 1:
+        raise ValueError(f"side must be 1 or more, got {side}")
+    return max(1, round(side / max(image.shape[:2])))
+
+
+def _strip(pictures: Sequence[Picture], columns: int) -> Array:
+    return image_grid([np.asarray(p.image) for p in pictures], [p.caption for p in pictures], columns=columns)
+
+
+def _faded(image: Array) -> Array:
+    """Blue-grey with a quarter of the contrast: told apart from dark, bright and grey patches alike."""
+    grey = image.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
+    return (0.25 * grey[..., None] + np.array([90, 108, 142], np.float32)).astype(np.uint8)
+
+
+def _named_by_first(groups: Int[Array, " P"]) -> Int[Array, " P"]:
+    """Names each group after its first patch; -1 stays."""
+    _, first, inverse = np.unique(groups, return_index=True, return_inverse=True)
+    return np.where(groups < 0, -1, first[inverse])
+
+
+def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """Lines of `text` that are at most `width` pixels wide; a word that is too long alone ends in an ellipsis."""
+    lines = []
+    for paragraph in str(text).split("\n"):
+        line = ""
+        for word in paragraph.split():
+            if line and font.getlength(f"{line} {word}") > width:
+                lines.append(line)
+                line = ""
+            if font.getlength(word) > width:
+                while word and font.getlength(f"{word}…") > width:
+                    word = word[:-1]
+                word += "…"
+            line = f"{line} {word}" if line else word
+        lines.append(line)
+    return lines
+
+
+def _axis(key: str) -> tuple[str, float]:
+    return AXES.get(key, (key.replace("_", " "), 1.0))
+
+
+def _style(place: int) -> dict[str, Any]:
+    """Colour, marker and dashes of the n-th line: all three change, at different periods."""
+    return {
+        "color": PALETTE[place % len(PALETTE)],
+        "marker": MARKERS[place % len(MARKERS)],
+        "linestyle": ("-", (0, (6, 2)), (0, (2, 1.5)))[place // len(PALETTE) % 3],
+        "markersize": 6,
+        "markeredgecolor": "white",
+        "markeredgewidth": 0.8,
+        "linewidth": 1.7,
+    }
+
+
+def _control_style(place: int) -> dict[str, Any]:
+    grey = {"color": GREYS[place % len(GREYS)], "marker": MARKERS[place % len(MARKERS)]}
+    return _style(place) | grey | {"linestyle": (0, (4, 2)), "linewidth": 1.3, "markersize": 5}
+
+
+def _figure(panels: int, lines: int) -> tuple[Figure, list[Axes]]:
+    """A figure with `panels` axes side by side and room for a legend of `lines` beside them if it is long."""
+    width = (7.0 if panels == 1 else 5.2 * panels) + (1.8 if lines > 5 else 0)
+    figure = Figure(figsize=(width, 4.4), layout="constrained")
+    return figure, list(figure.subplots(1, panels, squeeze=False)[0])
+
+
+def _finish(figure: Figure, axes: Axes, x: str, y: str, title: str | None) -> None:
+    """Labels, a light grid, no frame where there is no axis, and a legend outside if it is long."""
+    axes.set_xlabel(x, color=_INK)
+    axes.set_ylabel(y, color=_INK)
+    if title:
+        axes.set_title(title, color=_INK, fontsize=12)
+    axes.grid(color=_FAINT, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#888888")
+    axes.tick_params(colors="#444444")
+    if axes.get_xlim()[1] >= 10_000:
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1000:g}k" if value else "0"))
+    labels = axes.get_legend_handles_labels()[1]
+    if len(labels) > 5:
+        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, fontsize=9, borderaxespad=0)
+    elif len(labels) > 1:
+        axes.legend(frameon=False, fontsize=9)
