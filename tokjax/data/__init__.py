@@ -151,8 +151,16 @@ def make(
 
 def _complete(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     complete = default_config()
+    given = config.to_dict()
+    for section in ("", "resize", "augment"):
+        fields, known = (given.get(section, {}), complete[section]) if section else (given, complete)
+        if not isinstance(fields, dict):
+            raise UserError(f"data config: {section} must hold fields, got {fields!r}")
+        if unknown := sorted(set(fields) - set(known)):
+            where = f"of {section} " if section else ""
+            raise UserError(f"data config: unknown field {where}{unknown[0]!r}; choose from {', '.join(known)}")
     try:
-        complete.update(config.to_dict())
-    except (KeyError, TypeError) as error:
-        raise UserError(f"data config: {str(error.args[0]).splitlines()[0]}") from error
+        complete.update(given)
+    except TypeError as error:
+        raise UserError(f"data config: {str(error).splitlines()[0]}") from error
     return complete

@@ -170,7 +170,8 @@ class Parquet(_Labelled):
         if names is None:
             top = int(self.labels.max())
             if "train" in found and name != "train":  # a rare class may be missing here, and the model was built there
-                top = max(top, int(_read_labels([_open_parquet(f) for f in found["train"]], label, where).max()))
+                train = _read_labels([_open_parquet(f) for f in found["train"]], label, found["train"][0])
+                top = max(top, int(train.max(initial=0)))
             names = tuple(str(index) for index in range(top + 1))
         elif self.labels.max() >= len(names):
             raise UserError(
@@ -472,7 +473,7 @@ def _read_labels(files: list[pq.ParquetFile], column: str, where: Path) -> Int32
         chunks = [chunk.cast(pa.int64()) for file in files for chunk in file.read([column])[column].chunks]
         labels = pa.chunked_array(chunks, pa.int64())
     except (KeyError, pa.ArrowException) as error:
-        raise UserError(f"column {column!r} is not an integer in every file beside {where}") from error
+        raise UserError(f"column {column!r} is not an integer in {where} and the files beside it") from error
     if labels.null_count:
         raise UserError(f"column {column!r} of {where} has {labels.null_count} rows without a label")
     values = labels.to_numpy()

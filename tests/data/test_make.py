@@ -1,0 +1,122 @@
+import ml_collections
+import numpy as np
+import pytest
+
+from tokjax import data
+from tokjax.errors import UserError
+
+
+def config(**fields) -> ml_collections.ConfigDict:
+    result = data.default_config()
+    result.update_from_flattened_dict(fields)
+    return result
+
+
+def test_the_default_trains_and_tests_on_digits():
+    train = data.make(data.default_config(), "train", batch_size=64, train=True)
+    test = data.make(data.default_config(), "test", batch_size=64, train=False)
+    assert (train.num_classes, train.batches_per_epoch, test.batches_per_epoch) == (10, 1438 // 64, 6)
+    batch = next(iter(train))
+    assert batch["image"].shape == (64, 32, 32, 3)
+    assert -1 <= batch["image"].min() < -0.9 and 0.9 < batch["image"].max() <= 1
+    seen = list(test)
+    assert sum(int(batch["valid"].sum()) for batch in seen) == len(test.source) == 359
+    labels = np.concatenate([batch["label"][batch["valid"]] for batch in seen])
+    np.testing.assert_array_equal(labels, test.source.labels)
+
+
+def test_mixing_follows_the_config():
+    batch = next(iter(data.make(config(**{"augment.mixup": 0.8}), "train", batch_size=16, train=True)))
+    assert batch["label"].shape == (16, 10)
+    smooth = config(**{"augment.label_smoothing": 0.2})
+    batch = next(iter(data.make(smooth, "train", batch_size=16, train=True)))
+    np.testing.assert_allclose(batch["label"].max(1), 0.82, atol=1e-6)
+    assert next(iter(data.make(smooth, "train", batch_size=16, train=False)))["label"].dtype == np.int32
+
+
+def test_every_field_of_the_transform_arrives():
+    fields = {
+        "image_size": (24, 40),
+        "mean": (0.1, 0.2, 0.3),
+        "std": (0.4, 0.5, 0.6),
+        "resize.mode": "square",
+        "resize.crop_pct": 0.9,
+        "augment.flip": True,
+        "augment.crop": "resized",
+        "augment.scale": (0.5, 1.0),
+        "bad_image_limit": 3,
+    }
+    train = data.make(config(**fields), "train", batch_size=4, train=True)
+    assert train._transform == data.Training(
+        (24, 40), flip=True, crop="resized", scale=(0.5, 1.0), mode="square", crop_pct=0.9
+    )
+    assert train._normalise == data.Normalise((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert train._bad_image_limit == 3
+    assert next(iter(train))["image"].shape == (4, 24, 40, 3)
+    test = data.make(config(**fields), "test", batch_size=4, train=False)
+    assert test._transform == data.Evaluation((24, 40), mode="square", crop_pct=0.9)
+
+
+@pytest.mark.parametrize("crop", ["none", "", None])
+def test_no_crop(crop):
+    fields = data.default_config()
+    fields.augment.crop = crop
+    assert data.make(fields, "train", batch_size=4, train=True)._transform.crop is None
+
+
+def test_subsets():
+    fields = config(subset=100, test_subset=30)
+    train = data.make(fields, "train", batch_size=10, train=True)
+    again = data.make(fields, "train", batch_size=10, train=True, seed=7)
+    assert np.bincount(train.source.labels).tolist() == [10] * 10
+    assert [train.source.name_of(i) for i in range(100)] == [again.source.name_of(i) for i in range(100)]
+    assert len(data.make(fields, "test", batch_size=10, train=False).source) == 30
+
+
+def test_split_names_come_from_the_config(tmp_path, write_folder):
+    write_folder(tmp_path / "training", {"a": 4, "b": 4})
+    write_folder(tmp_path / "held", {"a": 1, "b": 2})
+    fields = config(path=str(tmp_path), train_split="training", test_split="held", subset=6)
+    assert len(data.make(fields, "train", batch_size=2, train=True).source) == 6
+    assert len(data.make(fields, "training", batch_size=2, train=False).source) == 6
+    assert len(data.make(fields, "test", batch_size=2, train=False).source) == 3
+    assert len(data.make(fields, "held", batch_size=2, train=False).source) == 3
+    with pytest.raises(UserError, match=r"no split 'other' in .*: it has held, training"):
+        data.make(fields, "other", batch_size=2, train=False)
+
+
+def test_small_images_are_decoded_once(tmp_path, write_parquet):
+    write_parquet(tmp_path / "train.parquet")
+    loader = data.make(config(path=str(tmp_path)), "train", batch_size=4, train=True)
+    assert loader.source.in_memory
+    loader = data.make(config(path=str(tmp_path), decoded_gb=0.0), "train", batch_size=4, train=True)
+    assert not loader.source.in_memory
+
+
+def test_a_partial_config_is_completed():
+    partial = ml_collections.ConfigDict({"subset": 40, "augment": {"flip": True}})
+    loader = data.make(partial, "train", batch_size=8, train=True)
+    assert len(loader.source) == 40
+    assert loader._transform == data.Training((32, 32), flip=True, crop="pad")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"sauce": "digits"}, "unknown field 'sauce'; choose from augment, bad_image_limit"),
+        ({"augment": {"flop": True}}, "unknown field of augment 'flop'; choose from crop, cutmix, flip"),
+        ({"resize": 0.9}, "resize must hold fields, got 0.9"),
+        ({"image_size": "32"}, "image_size"),
+        ({"augment": {"crop": "centre"}}, "crop must be 'pad', 'resized' or None, got 'centre'"),
+        ({"augment": {"mixup": -1.0}}, "mixup"),
+        ({"resize": {"crop_pct": 0.0}}, "crop_pct must be in"),
+        ({"std": (0.0, 1.0, 1.0)}, "std must be positive"),
+        ({"subset": 5000}, "1 to 1438 examples, got 5000"),
+        ({"source": "imagefolder"}, "needs a path"),
+        ({"train_split": "training"}, "no split 'training' in digits: it has train, test"),
+    ],
+)
+def test_wrong_fields_are_one_clear_line(fields, message):
+    with pytest.raises(UserError, match=message) as error:
+        data.make(ml_collections.ConfigDict(fields), "train", batch_size=8, train=True)
+    assert "\n" not in str(error.value)
