@@ -524,7 +524,7 @@ def _cards(rows: Sequence[Row], roles: Sequence[viz.Role]) -> str:
     if near:
         share, row, role = min(near, key=lambda found: found[0])
         name = " ".join([viz.method_label(row["method"], role), KNOWN_COLUMNS["setting"].text(row).strip("-")]).strip()
-        cards.append((f"{100 * share:.0f} % of the MACs", f"cheapest within one point of accuracy: {name}"))
+        cards.append((f"{100 * share:.0f} % MACs", f"cheapest within one point of accuracy: {name}"))
     inner = "".join(f"<div><b>{_escape(value)}</b><span>{_escape(name)}</span></div>" for value, name in cards)
     return f'<div class="cards">{inner}</div>' if cards else ""
 
