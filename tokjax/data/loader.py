@@ -48,7 +48,7 @@ class Loader:
     """An iterable of batches `{"image": float32 [B,H,W,3], "label": int32 [B] or float32 [B,K], "valid": bool [B]}`.
 
     In training every epoch has its own global shuffle. In evaluation the order is that of the source, and rows that
-    pad the last batch (or whose image is bad) have `valid` False and image and label 0: all processes make the same
+    pad the last batch (or whose image is bad) are black, of label 0 and not `valid`: all processes make the same
     number of batches of the same shape, and together they show every example once.
 
     Args:
