@@ -209,6 +209,11 @@ _TIMM_POOLING: Json = {"token": "cls", "avg": "mean"}
 _TIMM_GELU: Json = {"gelu": "exact", "gelu_tanh": "tanh", "quick_gelu": "quick"}
 
 
+def _published(config: Json) -> Json:
+    """The facts of the published weights; old files have them at the top."""
+    return config.get("pretrained_cfg") or config
+
+
 def _architecture(config: Json) -> Json:
     """The arguments that an architecture's name stands for.
 
@@ -231,8 +236,8 @@ def _architecture(config: Json) -> Json:
 def _timm_arguments(config: Json, tensors: Readable) -> Json:
     """timm's arguments: the stated ones over the architecture's; without a configuration, what the tensors show."""
     if "architecture" in config:
-        stated = {k: v for k, v in config.get("model_args", {}).items() if v is not None}
-        published = config.get("pretrained_cfg", {})
+        stated = {k: v for k, v in (config.get("model_args") or {}).items() if v is not None}
+        published = _published(config)
         arguments = {**_TIMM_DEFAULTS, **_architecture(config)}
         if "input_size" in published:
             arguments |= {"in_chans": published["input_size"][0], "img_size": published["input_size"][1:]}
@@ -313,15 +318,13 @@ def _timm_configure(config: Json, tensors: Readable) -> ViTConfig:
 
 def _is_mae(config: Json, tensors: Readable) -> bool:
     """Whether this is MAE's encoder as pre-trained, whose positions are fixed."""
-    return "decoder_pos_embed" in tensors or (
-        config.get("pretrained_cfg", {}).get("tag") == "mae" and config.get("num_classes") == 0
-    )
+    return "decoder_pos_embed" in tensors or (_published(config).get("tag") == "mae" and config.get("num_classes") == 0)
 
 
 def _timm_preprocess(config: Json, processor: Json | None, model: ViTConfig) -> Preprocess:
     if "architecture" not in config:
         return script_eval(model.image_size)
-    published = config.get("pretrained_cfg", {})
+    published = _published(config)
     half = config["architecture"].startswith("vit_") and not model.fc_norm and model.position == "learned"
     return timm_eval(
         model.image_size,

@@ -147,6 +147,8 @@ class Preprocess:
         for field in ("size", "resize_to", "mean", "std"):
             if isinstance(getattr(self, field), list):
                 object.__setattr__(self, field, tuple(getattr(self, field)))
+        if isinstance(self.resize_to, tuple) and len(set(self.resize_to)) == 1:
+            object.__setattr__(self, "resize_to", self.resize_to[0])  # one way to say it
         allowed = {"resize": ("short", "square"), "filter": tuple(_FILTERS), "crop_rule": ("torchvision", "hf")}
         for field, values in allowed.items():
             if getattr(self, field) not in values:
@@ -215,7 +217,7 @@ class Preprocess:
         if tuple(size) == tuple(self.size):
             return self
         height, width = (int(r * new / old) for r, new, old in zip(self._resize_to, size, self.size, strict=True))
-        return dataclasses.replace(self, size=size, resize_to=_pair_or_int(height, width))
+        return dataclasses.replace(self, size=size, resize_to=(height, width))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -228,10 +230,6 @@ class Preprocess:
         if unknown:
             raise ValueError(f"A preprocess has no {', '.join(sorted(unknown))}.")
         return cls(**values)
-
-
-def _pair_or_int(height: int, width: int) -> int | tuple[int, int]:
-    return height if height == width else (height, width)
 
 
 def timm_eval(
@@ -257,7 +255,7 @@ def timm_eval(
     return Preprocess(
         size=size,
         resize=modes[crop_mode],
-        resize_to=_pair_or_int(*(math.floor(s / crop_pct) for s in size)),
+        resize_to=(math.floor(size[0] / crop_pct), math.floor(size[1] / crop_pct)),
         filter=filters[interpolation],
         mean=tuple(mean),
         std=tuple(std),
@@ -266,8 +264,8 @@ def timm_eval(
 
 def script_eval(size: tuple[int, int]) -> Preprocess:
     """The DeiT and MAE scripts: 256 / 224 of the size, bicubic; MAE's rule above 224 px: the size itself."""
-    resize_to = (s if s > 224 else int(256 / 224 * s) for s in size)
-    return Preprocess(size=size, resize_to=_pair_or_int(*resize_to))
+    height, width = (s if s > 224 else int(256 / 224 * s) for s in size)
+    return Preprocess(size=size, resize_to=(height, width))
 
 
 def from_processor(processor: dict[str, Any], default: Preprocess) -> Preprocess:
@@ -303,7 +301,7 @@ def from_processor(processor: dict[str, Any], default: Preprocess) -> Preprocess
         return Preprocess(
             size=target,
             resize=resize,
-            resize_to=_pair_or_int(*resize_to),
+            resize_to=resize_to,
             filter=filters[resample] if resample is not None else default.filter,
             crop=crop,
             crop_rule="hf",

@@ -8,7 +8,7 @@ beside what other libraries read, the complete configuration under the key "tokj
 back exactly.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
 import json
 import os
@@ -37,8 +37,8 @@ class Checkpoint:
         config: of the model, at the image size asked for.
         params: the parameter tree, float32 numpy arrays; blocks unstacked whatever `config.scan` says (`layers.stack`).
         preprocess: from images to the model's input; None where nothing is known for the model's number of channels.
-        source: where it came from: "path", "config" (the original `config.json`), "family" ("hf" or "timm") and "format"
-            (the name in `families.FAMILIES`).
+        source: where it came from: "path", "config" (the original `config.json`), "family" ("hf" or "timm") and
+            "format" (the name in `families.FAMILIES`).
     """
 
     config: ViTConfig
@@ -70,7 +70,8 @@ def load_checkpoint(
         path_or_id: a folder, a `.safetensors` file, or a hub id ("user/name", "user/name@revision").
         image_size: another height and width than the checkpoint's: its position table is interpolated as the library
             that it belongs to does, and the preprocessing follows.
-        dtype: of the model's activations (`config.dtype`: float32, bfloat16 or float16); parameters are float32 whatever the file has.
+        dtype: of the model's activations (`config.dtype`: float32, bfloat16 or float16); parameters are float32
+            whatever the file has.
 
     Returns:
         The configuration, parameters, preprocessing and origin.
@@ -182,10 +183,13 @@ def save_checkpoint(
     _write(folder / files.CONFIG, lambda path: _write_json(path, {**form.describe(config, preprocess), _KEY: own}))
 
 
-def _write(path: Path, write: Any) -> None:
+def _write(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # safetensors makes its files readable by their owner alone
         write(temporary)
+        temporary.chmod(mode)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

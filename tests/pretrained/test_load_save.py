@@ -1,0 +1,343 @@
+import collections
+import dataclasses
+import json
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from tokjax.errors import UserError
+from tokjax.models import layers
+from tokjax.models.vit import ViT, ViTConfig
+from tokjax.pretrained import Preprocess, files, load_checkpoint, save_checkpoint
+from tokjax.pretrained import preprocess as pp
+from tokjax.pretrained.positions import resize_positions
+from tokjax.pretrained.vit import shapes
+
+TINY = ViTConfig((16, 16), 8, width=8, depth=2, heads=2, mlp_ratio=2.0, num_classes=5)
+
+
+def tiny(**changes):
+    return dataclasses.replace(TINY, **changes)
+
+
+def random_params(config, seed=0):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape, dtype=np.float32), shapes(config))
+
+
+def assert_same(tree, other):
+    assert jax.tree.structure(tree) == jax.tree.structure(other)
+    jax.tree.map(np.testing.assert_array_equal, tree, other)
+
+
+# Name -> (config, the form that "hf" gives it, whether timm's and Hugging Face's keys alone tell it all).
+CONFIGS = {
+    "plain": (tiny(), "vit", True),
+    "backbone": (tiny(num_classes=0, norm_eps=1e-12), "vit", True),
+    "rectangle": (tiny(image_size=(32, 16), qkv_bias=False, gelu="tanh"), "vit", True),
+    "odd hidden width": (tiny(width=12, mlp_ratio=17 / 12, gelu="quick"), "vit", True),
+    "distilled": (tiny(distilled=True), "deit", True),
+    "distilled backbone": (tiny(distilled=True, num_classes=0), "deit", True),
+    "MAE fine-tuned": (tiny(pooling="mean", fc_norm=True), "timm", True),
+    "mean of normed": (tiny(pooling="mean"), "timm", True),
+    "DeiT-3": (tiny(layer_scale=1e-6, position_prefix=False), "timm", True),
+    "q and k norms": (tiny(qk_norm=True, registers=3, position_prefix=False, channels=1), "timm", True),
+    "registers behind a positioned CLS": (tiny(registers=3), "timm", True),
+    "CLIP": (tiny(pre_norm=True, patch_bias=False, norm_eps=1e-5, gelu="quick", drop_path=0.1), "timm", True),
+    "no CLS": (tiny(class_token=False, pooling="mean", position_prefix=False), "timm", True),
+    "what no other library has": (
+        tiny(distilled=True, registers=2, pooling="size_mean", position="sincos", pre_norm=True, dtype="bfloat16"),
+        "timm",
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("family", ["hf", "timm"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_everything_comes_back_bit_for_bit(tmp_path, name, family):
+    config, form, _ = CONFIGS[name]
+    params = random_params(config)
+    preprocess = None if config.channels == 1 else pp.timm_eval(config.image_size)
+    save_checkpoint(tmp_path / "new" / "folder", config, params, preprocess, family)
+    loaded = load_checkpoint(tmp_path / "new" / "folder")
+    assert loaded.config == config
+    assert loaded.preprocess == preprocess
+    assert_same(loaded.params, params)
+    assert loaded.source["format"] == (form if family == "hf" else "timm")
+
+    written = (tmp_path / "new" / "folder" / "model.safetensors").read_bytes()
+    save_checkpoint(tmp_path / "again", loaded.config, loaded.params, loaded.preprocess, loaded.family)
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == written
+
+
+@pytest.mark.parametrize("family", ["hf", "timm"])
+@pytest.mark.parametrize("name", [name for name, (_, _, told) in CONFIGS.items() if told])
+def test_the_keys_of_the_other_libraries_tell_the_model(tmp_path, name, family):
+    config, params = CONFIGS[name][0], random_params(CONFIGS[name][0])
+    save_checkpoint(tmp_path, config, params, family=family)
+    file = tmp_path / "config.json"
+    content = json.loads(file.read_text())
+    del content["tokjax"]
+    file.write_text(json.dumps(content))
+    loaded = load_checkpoint(tmp_path)
+    assert loaded.config == config
+    assert_same(loaded.params, params)
+
+
+def test_the_tree_is_the_models():
+    for config, *_ in CONFIGS.values():
+        model = nnx.eval_shape(lambda config=config: ViT(config, rngs=nnx.Rngs(0)))
+        want = jax.tree.map(lambda leaf: leaf.shape, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+        assert jax.tree.map(lambda leaf: leaf.shape, shapes(config)) == want
+
+
+def test_stacked_blocks_of_any_float_type_are_written(tmp_path):
+    config = tiny(scan=True)
+    params = random_params(config)
+    stacked = {**params, "blocks": layers.stack(params["blocks"])}
+    save_checkpoint(tmp_path, config, jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), stacked))
+    loaded = load_checkpoint(tmp_path)
+    assert loaded.config == config
+    assert_same(
+        loaded.params, jax.tree.map(lambda leaf: np.asarray(jnp.asarray(leaf, jnp.bfloat16), np.float32), params)
+    )
+
+
+def test_names_that_transformers_and_timm_read(tmp_path):
+    save_checkpoint(tmp_path / "hf", tiny(distilled=True), random_params(tiny(distilled=True)), family="hf")
+    names = load_file(tmp_path / "hf" / "model.safetensors")
+    assert names["deit.embeddings.distillation_token"].shape == (1, 1, 8)
+    assert names["deit.encoder.layer.1.attention.attention.key.weight"].shape == (8, 8)
+    assert names["cls_classifier.weight"].shape == (5, 8)
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["architectures"] == ["DeiTForImageClassificationWithTeacher"]
+    with files.safe_open(tmp_path / "hf" / "model.safetensors", framework="np") as file:
+        assert file.metadata() == {"format": "pt"}
+
+    registers = tiny(registers=3)
+    params = random_params(registers)
+    save_checkpoint(tmp_path / "timm", registers, params, family="timm")
+    names = load_file(tmp_path / "timm" / "model.safetensors")
+    assert names["blocks.0.attn.qkv.weight"].shape == (24, 8)
+    assert names["patch_embed.proj.weight"].shape == (8, 3, 8, 8)
+    # timm's table has a row for every prefix token.
+    np.testing.assert_array_equal(names["pos_embed"][:, 1:4], np.zeros((1, 3, 8)))
+    np.testing.assert_array_equal(np.delete(names["pos_embed"], [1, 2, 3], 1), params["pos_embed"])
+
+
+def test_layouts_against_plain_arithmetic(tmp_path):
+    config = tiny(depth=1)
+    params = random_params(config)
+    save_checkpoint(tmp_path, config, params, family="hf")
+    torch = load_file(tmp_path / "model.safetensors")
+    x = np.random.default_rng(1).standard_normal((3, 8), dtype=np.float32)
+    block = params["blocks"][0]
+    qkv = x @ block["attn"]["qkv"]["kernel"] + block["attn"]["qkv"]["bias"]
+    prefix = "vit.encoder.layer.0.attention.attention"
+    for i, part in enumerate(("query", "key", "value")):
+        want = x @ torch[f"{prefix}.{part}.weight"].T + torch[f"{prefix}.{part}.bias"]
+        np.testing.assert_allclose(qkv[:, 8 * i : 8 * i + 8], want, rtol=1e-5)
+    patch = np.random.default_rng(2).standard_normal((8, 8, 3), dtype=np.float32)  # rows, columns, channels
+    convolution = torch["vit.embeddings.patch_embeddings.projection.weight"]
+    want = np.einsum("ochw,hwc->o", convolution, patch)
+    np.testing.assert_allclose(patch.reshape(-1) @ params["patch_embed"]["kernel"], want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "antialias"), [("hf", False), ("timm", True)])
+def test_another_image_size_interpolates_as_the_family_does(tmp_path, family, antialias):
+    config = tiny(image_size=(32, 32))
+    params = random_params(config)
+    save_checkpoint(tmp_path, config, params, pp.script_eval((32, 32)), family)
+    loaded = load_checkpoint(tmp_path, image_size=(16, 48), dtype="bfloat16")
+    assert loaded.config == tiny(image_size=(16, 48), dtype="bfloat16")
+    want = resize_positions(params["pos_embed"], 1, (4, 4), (2, 6), "bicubic", antialias)
+    np.testing.assert_array_equal(loaded.params["pos_embed"], want)
+    assert loaded.params["pos_embed"].dtype == np.float32
+    assert loaded.preprocess.size == (16, 48)
+    assert load_checkpoint(tmp_path, image_size=16).config.image_size == (16, 16)
+    with pytest.raises(ValueError, match="image_size"):
+        load_checkpoint(tmp_path, image_size=17)
+    with pytest.raises(ValueError, match="float64"):
+        load_checkpoint(tmp_path, dtype="float64")
+
+
+def edited(folder, edit, family="hf"):
+    """A saved model whose tensors went through `edit`."""
+    save_checkpoint(folder, TINY, random_params(TINY), family=family)
+    tensors = load_file(folder / "model.safetensors")
+    save_file(edit(tensors) or tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_all_that_does_not_fit_is_listed(tmp_path):
+    def edit(tensors):
+        del tensors["vit.layernorm.weight"], tensors["vit.encoder.layer.1.output.dense.bias"]
+        tensors["vit.extra"] = np.zeros(1, np.float32)
+        tensors["classifier.bias"] = np.zeros(7, np.float32)
+
+    with pytest.raises(UserError) as error:
+        load_checkpoint(edited(tmp_path, edit))
+    message = str(error.value)
+    assert str(tmp_path) in message
+    assert "issing: encoder.layer.1.output.dense.bias, layernorm.weight" in message
+    assert "unexpected: extra" in message
+    assert "classifier.bias is 7 instead of 5" in message
+
+
+def test_poolers_and_decoders_are_left_unread(tmp_path):
+    def edit(tensors):
+        tensors["vit.pooler.dense.weight"] = tensors["decoder.decoder_embed.weight"] = np.zeros((8, 8), np.float32)
+
+    assert_same(load_checkpoint(edited(tmp_path, edit)).params, random_params(TINY))
+
+
+def test_maes_pretrained_encoder(tmp_path):
+    encoder = tiny(num_classes=0, position="sincos")
+    params = random_params(encoder)
+    save_checkpoint(tmp_path, encoder, params, family="timm")
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors |= {"mask_token": np.zeros((1, 1, 4), np.float32), "decoder_pos_embed": np.zeros((1, 5, 4), np.float32)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 8, "depth": 2, "num_heads": 2, "mlp_ratio": 2}
+    config = {"architecture": "vit_base_patch16_224", "num_classes": 0, "model_args": sizes}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = load_checkpoint(tmp_path)
+    assert loaded.config == encoder
+    assert loaded.preprocess.mean == pp.IMAGENET_MEAN
+    assert_same(loaded.params, params)
+
+
+def test_hugging_faces_mae(tmp_path):
+    encoder = tiny(num_classes=0, position="sincos", norm_eps=1e-12)
+    params = random_params(encoder)
+    save_checkpoint(tmp_path, encoder, params, family="hf")
+    tensors = {f"vit.{name}": value for name, value in load_file(tmp_path / "model.safetensors").items()}
+    tensors |= {"decoder.mask_token": np.zeros((1, 1, 4), np.float32)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    content = json.loads((tmp_path / "config.json").read_text())
+    del content["tokjax"]
+    content |= {"model_type": "vit_mae", "architectures": ["ViTMAEForPreTraining"]}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    loaded = load_checkpoint(tmp_path)
+    assert loaded.config == encoder
+    assert_same(loaded.params, params)
+    assert (loaded.family, loaded.source["format"]) == ("hf", "vit_mae")
+
+
+def test_low_precision_files_are_widened(tmp_path):
+    folder = edited(tmp_path, lambda tensors: {name: value.astype(np.float16) for name, value in tensors.items()})
+    want = jax.tree.map(lambda leaf: leaf.astype(np.float16).astype(np.float32), random_params(TINY))
+    assert_same(load_checkpoint(folder).params, want)
+
+
+def test_every_tensor_is_read_once(tmp_path, monkeypatch):
+    counts, read = collections.Counter(), files.Tensors.__getitem__
+    monkeypatch.setattr(files.Tensors, "__getitem__", lambda self, name: counts.update([name]) or read(self, name))
+    save_checkpoint(tmp_path, TINY, random_params(TINY))
+    load_checkpoint(tmp_path, image_size=32)
+    assert counts.keys() == load_file(tmp_path / "model.safetensors").keys()
+    assert set(counts.values()) == {1}
+
+
+def test_deit3s_own_names(tmp_path):
+    config = tiny(layer_scale=1e-6, position_prefix=False)
+    params = random_params(config)
+    save_checkpoint(tmp_path, config, params, family="timm")
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(
+        {n.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): v for n, v in tensors.items()},
+        tmp_path / "model.safetensors",
+    )
+    assert_same(load_checkpoint(tmp_path).params, params)
+
+
+def test_positions_of_registers_are_not_lost_in_silence(tmp_path):
+    config = tiny(registers=3)
+    save_checkpoint(tmp_path, config, random_params(config), family="timm")
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["pos_embed"][0, 2] = 1
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="rows for the registers"):
+        load_checkpoint(tmp_path)
+
+
+def test_params_that_are_not_the_configs_are_listed(tmp_path):
+    params = random_params(TINY)
+    params["head"]["bias"] = np.zeros(7)
+    del params["norm"]["scale"]
+    with pytest.raises(
+        ValueError, match=r"norm\.scale is absent instead of 8; head\.bias is 7 instead of 5|head\.bias"
+    ):
+        save_checkpoint(tmp_path / "new", TINY, params)
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(ValueError, match="family = 'keras'"):
+        save_checkpoint(tmp_path, TINY, random_params(TINY), family="keras")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="is a file"):
+        save_checkpoint(tmp_path / "file", TINY, random_params(TINY))
+
+
+def test_nothing_is_half_written(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, TINY, random_params(TINY), pp.script_eval((16, 16)))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    # A square image without a crop is a processor of Hugging Face, a short side is one too.
+    assert before.keys() == {"config.json", "model.safetensors", "preprocessor_config.json"}
+
+    def fail(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("tokjax.pretrained.vit.save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_checkpoint(tmp_path, TINY, random_params(TINY, seed=1))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_stale_processor_is_removed(tmp_path):
+    save_checkpoint(tmp_path, TINY, random_params(TINY), pp.script_eval((16, 16)))
+    save_checkpoint(tmp_path, TINY, random_params(TINY))
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+    assert load_checkpoint(tmp_path).preprocess is None
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda c: c["tokjax"].update(version=2), "another version"),
+        (lambda c: c["tokjax"]["model"].update(colour=1), "colour"),
+        (lambda c: c["tokjax"]["model"].update(heads=3), "heads=3"),
+        (lambda c: (c.pop("tokjax"), c.update(hidden_size="wide")), "config|wide|str"),
+        (lambda c: (c.pop("tokjax"), c.update(model_type="swin")), "'swin'"),
+    ],
+)
+def test_configurations_that_are_wrong(tmp_path, edit, message):
+    save_checkpoint(tmp_path, TINY, random_params(TINY))
+    content = json.loads((tmp_path / "config.json").read_text())
+    edit(content)
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message) as error:
+        load_checkpoint(tmp_path)
+    assert str(tmp_path) in str(error.value)
+
+
+def test_a_model_of_unusual_channels_has_no_default_preprocessing(tmp_path):
+    config = tiny(channels=4)
+    save_checkpoint(tmp_path, config, random_params(config), family="timm")
+    content = json.loads((tmp_path / "config.json").read_text())
+    del content["tokjax"]
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert load_checkpoint(tmp_path).preprocess is None
+
+
+def test_preprocessing_that_others_lack_comes_back(tmp_path):
+    odd = Preprocess((16, 16), "short", (20, 18), "bilinear", crop_rule="hf", rescale=0.01)
+    for family in ("hf", "timm"):
+        save_checkpoint(tmp_path / family, TINY, random_params(TINY), odd, family)
+        assert load_checkpoint(tmp_path / family).preprocess == odd
