@@ -41,15 +41,25 @@ class Trace(struct.PyTreeNode):
         """Valid tokens that entered the MLP of every block."""
         return np.stack([np.asarray(layer.tokens) for layer in self.layers])
 
+    def pictures(
+        self, image: UInt8[np.ndarray, "height width 3"], row: int = 0, layers: Sequence[int] | None = None
+    ) -> list:
+        """The image and its merged regions after the chosen blocks (all by default), each with a caption."""
+        from tokjax import viz  # matplotlib comes with it, which most users of a model do not need
+
+        origins, slots = (
+            [np.asarray(layer.origin)[row] for layer in self.layers],
+            [layer.slots for layer in self.layers],
+        )
+        return viz.merge_pictures(image, origins, slots, self.patch_size, self.grid, prefix=self.prefix, layers=layers)
+
     def draw(
         self, image: UInt8[np.ndarray, "height width 3"], row: int = 0, layers: Sequence[int] | None = None
     ) -> UInt8[np.ndarray, "H W 3"]:
-        """The image beside its merged regions after the chosen blocks (all by default)."""
-        from tokjax import viz  # matplotlib comes with it, which most users of a model do not need
+        """`pictures`, side by side in one."""
+        from tokjax import viz
 
-        origins = [np.asarray(layer.origin)[row] for layer in self.layers]
-        slots = [layer.slots for layer in self.layers]
-        return viz.merge_strip(image, origins, slots, self.patch_size, self.grid, prefix=self.prefix, layers=layers)
+        return viz.strip(self.pictures(image, row, layers))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +153,10 @@ class Model:
         other = object.__new__(Model)
         other.__dict__.update(self.__dict__, params=params)
         return other
+
+    def compiled(self, images: Float[Array, "B height width channels"]) -> jax.stages.Compiled:
+        """The compiled program of a call, for its memory analysis and text."""
+        return self._logits.lower(self.params, images, None).compile()
 
     @property
     def unreduced(self) -> "Model":

@@ -249,7 +249,7 @@ def kept_patches(
     **options: Any,
 ) -> UInt8[Array, "H2 W2 3"]:
     """`kept_pictures`, with the same options, as one strip that wraps after `columns` pictures."""
-    return _strip(kept_pictures(image, kept, patch_size, grid, **options), columns)
+    return strip(kept_pictures(image, kept, patch_size, grid, **options), columns)
 
 
 def merge_pictures(
@@ -310,7 +310,7 @@ def merge_strip(
     **options: Any,
 ) -> UInt8[Array, "H2 W2 3"]:
     """`merge_pictures`, with the same options, as one strip that wraps after `columns` pictures."""
-    return _strip(merge_pictures(image, origins, slots, patch_size, grid, **options), columns)
+    return strip(merge_pictures(image, origins, slots, patch_size, grid, **options), columns)
 
 
 def image_grid(
@@ -619,7 +619,7 @@ def _factor(image: Array, side: int) -> int:
     return max(1, round(side / max(image.shape[:2])))
 
 
-def _strip(pictures: Sequence[Picture], columns: int) -> Array:
+def strip(pictures: Sequence[Picture], columns: int = 7) -> UInt8[Array, "H W 3"]:
     return image_grid([np.asarray(p.image) for p in pictures], [p.caption for p in pictures], columns=columns)
 
 

@@ -1,0 +1,52 @@
+"""A small ViT on scikit-learn's digits: train, sweep reducers over budgets, time, draw; no download, minutes on two
+cores.
+
+python -m tokjax.main --config=configs/digits.py --workdir=runs/digits
+"""
+
+import ml_collections
+
+from tokjax.tasks.classify import default_config
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+    """`arg` "short": a few steps and two budgets, to see that everything runs."""
+    config = default_config()
+    config.title = "Digits: token reduction at equal cost"
+    config.batch_size = 64
+    config.eval_batch_size = 120  # 360 test images
+    config.model = ml_collections.ConfigDict({"preset": "", "patch_size": 4, "width": 64, "depth": 4, "heads": 4})
+
+    config.data.image_size = (32, 32)  # 64 patches and CLS
+    config.data.augment.crop = "pad"
+    config.data.augment.pad = 3
+    config.data.augment.label_smoothing = 0.1
+
+    config.train.total_steps = 900
+    config.train.log_every = 50
+    config.train.eval_every = 300
+    config.train.checkpoint_every = 300
+    config.train.ema_decay = 0.99
+    config.train.optimiser.lr = 2e-3
+    config.train.optimiser.warmup_steps = 100
+    config.train.optimiser.weight_decay = 0.05
+    config.train.optimiser.clip_norm = 1.0
+
+    config.sweep.targets = (0.8, 0.6, 0.4)
+    config.sweep.seconds = 0.1
+    config.bench.methods = (
+        {"name": "tome", "label": "ToMe", "settings": {"r": 8}},
+        {"name": "evit", "label": "EViT", "settings": {"keep_rate": 0.6}},
+    )
+    config.bench.batch_sizes = (32,)
+    config.bench.seconds = 0.2
+    if arg == "short":
+        config.train.total_steps = 30
+        config.train.optimiser.warmup_steps = 5
+        config.train.eval_every = 15
+        config.train.checkpoint_every = 15
+        config.train.log_every = 5
+        config.sweep.targets = (0.7,)
+        config.sweep.repeats = config.bench.repeats = 2
+        config.viz.images = 2
+    return config
