@@ -197,7 +197,7 @@ PROCESSORS = {
     "deit": ({"size": 256, "do_center_crop": True, "crop_size": 224, "resample": 3}, "square", 256, (224, 224)),
     "clip": ({"size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}}, "short", 224, (224, 224)),
     "crop switched off": ({"size": 224, "crop_size": 200, "do_center_crop": False}, "square", 224, (224, 224)),
-    "silent": ({}, "square", 224, (224, 224)),
+    "silent": ({"size": None, "crop_size": None}, "square", 224, (224, 224)),
 }
 
 

@@ -283,6 +283,7 @@ def from_processor(processor: dict[str, Any], default: Preprocess) -> Preprocess
     Raises:
         UserError: a size or filter in a form that is not understood.
     """
+    processor = {key: value for key, value in processor.items() if value is not None}
     size = processor.get("size", default.resize_to)
     resize, crop = default.resize, processor.get("do_center_crop", "crop_size" in processor or "size" not in processor)
     if "size" in processor:
