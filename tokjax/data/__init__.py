@@ -6,7 +6,7 @@
 import ml_collections
 from ml_collections import config_dict
 
-from tokjax.data.loader import Batch, Loader, LoaderIterator
+from tokjax.data.loader import Batch, Loader, LoaderIterator, Transform
 from tokjax.data.sources import Digits, ImageFolder, Parquet, Source, keep_decoded, open_source, subset
 from tokjax.data.transforms import Evaluation, ImageError, Mix, Normalise, Training
 from tokjax.errors import UserError
@@ -79,6 +79,8 @@ def make(
     process_index: int | None = None,
     process_count: int | None = None,
     num_epochs: int | None = None,
+    transform: Transform | None = None,
+    normalise: Normalise | None = None,
 ) -> Loader:
     """Opens a split and returns its loader.
 
@@ -91,6 +93,8 @@ def make(
         process_index: None: jax's.
         process_count: None: jax's.
         num_epochs: None: endless in training, one in evaluation.
+        transform: in place of the config's resizing and augmentation, such as that of a pretrained model.
+        normalise: in place of the config's mean and std.
 
     Raises:
         UserError: a field that does not exist or has a wrong value, or whatever the source or the loader finds.
@@ -105,9 +109,10 @@ def make(
             source = subset(source, part)
         source = keep_decoded(source, int(config.decoded_gb * (1 << 30)))
         size = tuple(config.image_size)
-        transform: Training | Evaluation
         mix = None
-        if train:
+        if transform is not None:
+            pass
+        elif train:
             transform = Training(
                 size,
                 flip=augment.flip,
@@ -118,23 +123,23 @@ def make(
                 mode=resize.mode,
                 crop_pct=resize.crop_pct,
             )
-            if augment.mixup or augment.cutmix or augment.label_smoothing:
-                mix = Mix(
-                    source.num_classes,
-                    mixup=augment.mixup,
-                    cutmix=augment.cutmix,
-                    prob=augment.mix_prob,
-                    switch_prob=augment.switch_prob,
-                    label_smoothing=augment.label_smoothing,
-                )
         else:
             transform = Evaluation(size, mode=resize.mode, crop_pct=resize.crop_pct)
+        if train and (augment.mixup or augment.cutmix or augment.label_smoothing):
+            mix = Mix(
+                source.num_classes,
+                mixup=augment.mixup,
+                cutmix=augment.cutmix,
+                prob=augment.mix_prob,
+                switch_prob=augment.switch_prob,
+                label_smoothing=augment.label_smoothing,
+            )
         return Loader(
             source,
             batch_size=batch_size,
             train=train,
             transform=transform,
-            normalise=Normalise(tuple(config.mean), tuple(config.std)),
+            normalise=normalise or Normalise(tuple(config.mean), tuple(config.std)),
             mix=mix,
             seed=seed,
             process_index=process_index,

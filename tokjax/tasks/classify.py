@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import dataclasses
+import functools
 import hashlib
 from pathlib import Path
 import sys
@@ -114,13 +115,22 @@ class Classify:
         """Where the trained model lies, as `tokjax.load` reads it."""
         return self.workdir / "model"
 
+    @functools.cached_property
+    def initial(self) -> api.Model | None:
+        """The checkpoint of `config.init`, if there is one; its preprocessing wins over the config's."""
+        if not self.config.init:
+            return None
+        with user_input():
+            size, dtype = tuple(self.config.data.image_size), self.config.model.get("dtype")
+            return api.load(self.config.init, image_size=size, dtype=dtype)
+
     def fresh(self) -> api.Model:
         """The model before training: random weights, or those of `config.init`; with the reducer of `config.reduce`."""
         config, size = self.config, tuple(self.config.data.image_size)
         fields = {k: v for k, v in config.model.to_dict().items() if k != "preset" and v is not None}
         with user_input():
-            if config.init:
-                return self._reduced(api.load(config.init, image_size=size, dtype=fields.get("dtype")))
+            if self.initial is not None:
+                return self._reduced(self.initial)
             classes = fields.pop("num_classes", None) or self.test_loader().source.num_classes
             fields = {"image_size": size, "num_classes": classes, **fields}
             shape = preset(config.model.preset, **fields) if config.model.preset else ViTConfig(**fields)
@@ -164,13 +174,37 @@ class Classify:
     # Data
 
     def test_loader(self) -> data.Loader:
+        """Test images, prepared as the checkpoint of `config.init` wants them where there is one."""
         if self._test is None:
-            self._test = data.make(self.config.data, "test", batch_size=self.config.eval_batch_size, train=False)
+            preprocess = self.initial.preprocess if self.initial else None
+            self._test = data.make(
+                self.config.data,
+                "test",
+                batch_size=self.config.eval_batch_size,
+                train=False,
+                transform=None if preprocess is None else lambda image, rng: np.asarray(preprocess.transform(image)),
+                normalise=self._normalise(),
+            )
         return self._test
 
+    def _normalise(self) -> data.Normalise | None:
+        if self.initial is None or self.initial.preprocess is None:
+            return None
+        (m1, m2, m3), (s1, s2, s3) = self.initial.preprocess.mean, self.initial.preprocess.std
+        return data.Normalise((m1, m2, m3), (s1, s2, s3))
+
     def predict(self, model: api.Model, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Predicted and true class of every readable test image, in order."""
+        """Predicted and true class of every readable test image, in order.
+
+        Raises:
+            UserError: the data have more classes than the model.
+        """
         loader, predicted, labels = self.test_loader(), [], []
+        if loader.source.num_classes > model.config.num_classes:
+            raise UserError(
+                f"the test data have {loader.source.num_classes} classes, the model {model.config.num_classes}; "
+                f"--mode=train gives it a new head"
+            )
         bar = tqdm(total=len(loader.source), desc=name, unit="image", leave=False, disable=not sys.stderr.isatty())
         for batch in loader:
             logits = np.asarray(model(jnp.asarray(batch["image"])))
@@ -187,8 +221,9 @@ class Classify:
     def train(self) -> None:
         """Trains, or goes on with an interrupted training; the result lies in `workdir/model`."""
         config = self.config
-        loader = data.make(config.data, "train", batch_size=config.batch_size, train=True, seed=config.seed)
-        test, model = self.test_loader(), self.fresh()
+        batch, normalise = config.batch_size, self._normalise()
+        loader = data.make(config.data, "train", batch_size=batch, train=True, seed=config.seed, normalise=normalise)
+        test, model = self.test_loader(), with_classes(self.fresh(), loader.source.num_classes, config.seed)
         settings = TrainConfig.of(config.train)
         if model.config.position == "sincos":
             frozen = (*settings.optimiser.frozen, "pos_embed")
@@ -371,6 +406,21 @@ def describe(model: api.Model, whole: flops.Cost, label: str = "") -> dict[str, 
         "mean_tokens": budget.mean_tokens(model),
         "control": bool(names) and all(name in reducers.REGISTRY and reducers.entry(name).control for name in names),
     }
+
+
+def with_classes(model: api.Model, classes: int, seed: int = 0) -> api.Model:
+    """The model itself if it has this many classes, else the same with new heads, to be trained."""
+    if model.config.num_classes == classes:
+        return model
+    config, kept = dataclasses.replace(model.config, num_classes=classes), model.params["model"]
+    fresh = api.build(config, seed, preprocess=model.preprocess)
+    params = {
+        name: kept[name] if name in kept and "head" not in name else new for name, new in fresh.params["model"].items()
+    }
+    fresh = fresh.with_params({"model": params})
+    for method in model.methods:
+        fresh = api.reduce(fresh, method.name, **method.settings)
+    return fresh
 
 
 def fingerprint(model: api.Model) -> str:
