@@ -1,0 +1,124 @@
+"""AdamW with warm-up and cosine, weight decay where it belongs, clipping, and frozen parameters that cost nothing.
+
+AdamW: Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (ICLR 2019). The cosine: the same authors' SGDR
+(ICLR 2017), one period without restarts.
+"""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from tokjax.errors import UserError
+from tokjax.train.config import OptimiserConfig
+
+# Stacked blocks give a bias two axes, so rank alone does not tell what a parameter is: its name does too.
+UNDECAYED = frozenset({"bias", "scale", "gamma", "cls_token", "dist_token", "reg_token", "pos_embed"})
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """A leaf's place in a tree as text: `blocks/0/attn/qkv/kernel`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def schedule(cfg: Any, total_steps: int) -> optax.Schedule:
+    """The learning rate of update t, counted from 0: `lr (t + 1) / warmup`, then a half cosine from lr to final_lr.
+
+    So the first update is not lost to a rate of zero, and update `warmup - 1` already has the full rate.
+
+    Args:
+        cfg: an OptimiserConfig, or a ConfigDict with its fields.
+        total_steps: updates of the whole run.
+
+    Returns:
+        A function of the number of updates made so far, a scalar (traced or not), giving float32 [].
+
+    Raises:
+        UserError: the warm-up does not end before the run does, or a field is out of range.
+    """
+    cfg = OptimiserConfig.of(cfg)
+    warmup = cfg.warmup_steps or round(cfg.warmup_fraction * total_steps)
+    if not 0 <= warmup < total_steps:
+        raise UserError(f"optimiser.warmup_steps is {warmup}; it must be below total_steps, which is {total_steps}")
+
+    def rate(step: Any) -> jax.Array:
+        step = jnp.asarray(step, jnp.float32)
+        progress = jnp.clip((step - warmup) / (total_steps - warmup), 0.0, 1.0)
+        cosine = cfg.final_lr + (cfg.lr - cfg.final_lr) * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
+        return jnp.where(step < warmup, cfg.lr * (step + 1.0) / max(warmup, 1), cosine)
+
+    return rate
+
+
+def decayed(params: Any) -> Any:
+    """Which parameters weight decay touches: matrices, but no bias, norm, LayerScale, position table or extra token.
+
+    Args:
+        params: a tree of arrays (or of their shapes).
+
+    Returns:
+        The same tree with a bool at each leaf.
+    """
+
+    def one(path: tuple[Any, ...], leaf: Any) -> bool:
+        return leaf.ndim >= 2 and path_name(path).rpartition("/")[2] not in UNDECAYED
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def frozen(cfg: Any, params: Any) -> Any:
+    """Which parameters are not trained.
+
+    Args:
+        cfg: an OptimiserConfig, or a ConfigDict with its fields; `cfg.frozen` has regular expressions of whole paths.
+        params: a tree of arrays (or of their shapes).
+
+    Returns:
+        The same tree with a bool at each leaf.
+
+    Raises:
+        UserError: an expression that matches no parameter, or expressions that leave nothing to train.
+    """
+    cfg = OptimiserConfig.of(cfg)
+    names = [path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
+    for pattern in cfg.frozen:
+        if not any(re.fullmatch(pattern, name) for name in names):
+            raise UserError(f"optimiser.frozen has {pattern!r}, which is the path of no parameter; {_some(names)}")
+    mask = [any(re.fullmatch(pattern, name) for pattern in cfg.frozen) for name in names]
+    if all(mask):
+        raise UserError(f"optimiser.frozen is {cfg.frozen!r}, which leaves nothing to train; {_some(names)}")
+    return jax.tree.unflatten(jax.tree.structure(params), mask)
+
+
+def _some(names: list[str]) -> str:
+    shown = names if len(names) <= 8 else [*names[:4], "...", *names[-4:]]
+    return f"the {len(names)} paths are {', '.join(shown)}"
+
+
+def make_optimiser(cfg: Any, total_steps: int, params: Any) -> optax.GradientTransformation:
+    """The optimiser of a config: clip by global norm, AdamW, frozen parameters left alone and without moments.
+
+    `cfg.accumulate` is not here: `state.make_step` splits the batch, so that one step stays one update.
+
+    Args:
+        cfg: an OptimiserConfig, or a ConfigDict with its fields.
+        total_steps: updates of the whole run.
+        params: the parameters (or their shapes), read for their paths only.
+
+    Returns:
+        An optax transformation whose updates are added to the parameters.
+
+    Raises:
+        UserError: a field is out of range, or `frozen` does not fit the parameters.
+    """
+    cfg = OptimiserConfig.of(cfg)
+    clip = optax.identity() if cfg.clip_norm is None else optax.clip_by_global_norm(cfg.clip_norm)
+    adamw = optax.adamw(
+        schedule(cfg, total_steps), cfg.b1, cfg.b2, cfg.eps, weight_decay=cfg.weight_decay, mask=decayed
+    )
+    labels = jax.tree.map(lambda fixed: "frozen" if fixed else "trained", frozen(cfg, params))
+    if not cfg.frozen:
+        return optax.chain(clip, adamw)
+    return optax.partition({"trained": optax.chain(clip, adamw), "frozen": optax.set_to_zero()}, labels)

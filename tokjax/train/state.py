@@ -1,0 +1,157 @@
+"""What a run carries from step to step, and the one jitted function that carries it."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key, PyTree
+import optax
+
+from tokjax.errors import UserError
+
+Batch = Mapping[str, Any]
+Metrics = dict[str, Float[Array, ""]]
+LossFn = Callable[[Any, Batch, Key[Array, ""]], tuple[Float[Array, ""], Metrics]]
+
+
+@struct.dataclass
+class TrainState:
+    """The whole of a run but its place in the data: with both, a restarted run repeats the same numbers.
+
+    Attributes:
+        step: batches consumed, skipped ones too.
+        params: float32 masters as a pure dict; a model computes in whatever type it likes.
+        opt_state: of the optimiser.
+        ema: moving average of params, or None.
+        key: never changes; step t draws from `fold_in(key, t)`.
+        skipped: steps without finite gradients so far.
+        bad: how many of those came last, without a finite one since.
+    """
+
+    step: Int[Array, ""]
+    params: PyTree[Array]
+    opt_state: PyTree
+    ema: PyTree[Array] | None
+    key: Key[Array, ""]
+    skipped: Int[Array, ""]
+    bad: Int[Array, ""]
+
+    @classmethod
+    def create(
+        cls, params: PyTree, optimiser: optax.GradientTransformation, key: Key[Array, ""], *, ema: bool = False
+    ) -> Self:
+        """A state at step 0 that owns its arrays: a step gives its memory away, the caller's params stay usable.
+
+        Args:
+            params: a tree of arrays; floating ones become float32.
+            optimiser: as from `make_optimiser`.
+            key: a typed key (`jax.random.key`).
+            ema: whether to carry a moving average.
+
+        Raises:
+            ValueError: a key of the old, untyped kind.
+        """
+        if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+            raise ValueError(f"key has dtype {key.dtype}; it must be a typed key, as from jax.random.key(0)")
+
+        def own(x: Any) -> jax.Array:
+            return jnp.array(x, jnp.float32 if jnp.issubdtype(jnp.result_type(x), jnp.floating) else None, copy=True)
+
+        params = jax.tree.map(own, params)
+        # One array each: the same one twice cannot be given away twice.
+        step, skipped, bad = (jnp.zeros((), jnp.int32) for _ in range(3))
+        average = jax.tree.map(jnp.copy, params) if ema else None
+        return cls(step, params, optimiser.init(params), average, jnp.copy(key), skipped, bad)
+
+    @property
+    def eval_params(self) -> PyTree[Array]:
+        """What to evaluate: the moving average where there is one."""
+        return self.params if self.ema is None else self.ema
+
+
+def make_step(
+    loss_fn: LossFn,
+    optimiser: optax.GradientTransformation,
+    *,
+    ema_decay: float | None = None,
+    accumulate: int = 1,
+    frozen: PyTree[bool] | None = None,
+    state_sharding: Any = None,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """One update as one compiled function, which takes over the memory of the state that it is given.
+
+    A step whose loss or gradients are not finite changes nothing but `step` and the two counts. The moving average
+    warms up: its decay at step t, from 0, is min(ema_decay, (1 + t) / (10 + t)), as TensorFlow's moving averages do.
+
+    Args:
+        loss_fn: (params, batch, key) -> (loss, metrics), a scalar and a dict of scalars that are means over the batch.
+        optimiser: as from `make_optimiser`.
+        ema_decay: of the moving average; None for a state without one.
+        accumulate: split the batch into this many parts, one after the other, and average their gradients and metrics.
+            The update is that of the whole batch where every row counts alike; part i draws from `fold_in(key, i)`.
+        frozen: a bool per parameter, as from `optimisers.frozen`: their gradients are not computed.
+        state_sharding: of the returned state, one Sharding or a tree of them; None: up to the compiler.
+
+    Returns:
+        step(state, batch) -> (state, metrics). `metrics` has loss_fn's and `loss`, `grad_norm` (before clipping, of
+        what is trained), `skipped` and `bad`, all still on the device.
+
+    Raises:
+        UserError: when first called with a batch that does not divide into `accumulate` parts.
+        ValueError: when first called, if loss_fn's metrics use one of these names.
+    """
+
+    def differentiable(params: Any, batch: Batch, key: Any) -> Any:
+        if frozen is not None:
+            params = jax.tree.map(lambda p, fixed: jax.lax.stop_gradient(p) if fixed else p, params, frozen)
+        return loss_fn(params, batch, key)
+
+    value_and_grad = jax.value_and_grad(differentiable, has_aux=True)
+
+    def gradients(params: Any, batch: Batch, key: Any) -> Any:
+        if accumulate == 1:
+            return value_and_grad(params, batch, key)
+
+        def split(x: jax.Array) -> jax.Array:
+            if x.shape[0] % accumulate:
+                raise UserError(f"accumulate is {accumulate}; it must divide the batch, which has {x.shape[0]} rows")
+            # Part i has rows i, i + accumulate, ...: rows sharded over devices stay on theirs.
+            return x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1)
+
+        def add(total: Any, part: Any) -> tuple[Any, None]:
+            index, rows = part
+            return jax.tree.map(jnp.add, total, value_and_grad(params, rows, jax.random.fold_in(key, index))), None
+
+        parts = jnp.arange(accumulate), jax.tree.map(split, dict(batch))
+        first = jax.tree.map(lambda x: x[0], parts)
+        shapes = jax.eval_shape(lambda: value_and_grad(params, first[1], key))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return jax.tree.map(lambda x: x / accumulate, jax.lax.scan(add, zeros, parts)[0])
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(state.key, state.step)
+        (loss, metrics), grads = gradients(state.params, batch, key)
+        grad_norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+
+        updates, opt_state = optimiser.update(grads, state.opt_state, state.params)
+        params, ema = optax.apply_updates(state.params, updates), state.ema
+        if ema_decay is not None:
+            decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
+            # In this form an average that has arrived stays where it is, bit for bit.
+            ema = jax.tree.map(lambda e, p: e + (1.0 - decay) * (p - e), ema, params)
+        new, old = (params, opt_state, ema), (state.params, state.opt_state, state.ema)
+        params, opt_state, ema = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+        skipped = state.skipped + ~finite
+        bad = jnp.where(finite, 0, state.bad + 1)
+        ours = {"loss": loss, "grad_norm": grad_norm, "skipped": skipped, "bad": bad}
+        if taken := sorted(ours.keys() & metrics.keys()):
+            raise ValueError(f"loss_fn's metrics have {taken[0]!r}, which the step reports itself")
+        return TrainState(state.step + 1, params, opt_state, ema, state.key, skipped, bad), ours | metrics
+
+    if state_sharding is None:
+        return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, out_shardings=(state_sharding, None))
