@@ -19,7 +19,7 @@ from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from tokjax import schedules
 from tokjax.hooks import Hook, ModelInfo
@@ -31,9 +31,11 @@ Matching = Literal["bipartite", "kth", "random"]
 
 
 def unit(metric: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
-    """Rows of length one, float32; zero rows stay zero."""
+    """Rows of length one, float32; zero rows stay zero, and equal rows stay equal, so that ties are exact."""
     metric = jax.lax.stop_gradient(metric).astype(jnp.float32)
-    return metric / jnp.maximum(jnp.linalg.norm(metric, axis=-1, keepdims=True), 1e-6)
+    # One bit less in the squares keeps XLA from fusing them into the sum, which its CPU code does in some rows only.
+    squares = jax.lax.reduce_precision(metric * metric, exponent_bits=8, mantissa_bits=22)
+    return metric / jnp.maximum(jnp.sqrt(squares.sum(-1, keepdims=True)), 1e-6)
 
 
 def similarity(a: Float[Array, "B n D"], b: Float[Array, "B m D"]) -> Float[Array, "B n m"]:
@@ -45,6 +47,11 @@ def pair_scores(metric: Float[Array, "B N D"], prefix: int = 0) -> Float[Array, 
     metric = unit(metric)  # step 2
     scores = similarity(metric[:, ::2], metric[:, 1::2])  # step 3
     return scores.at[:, : (prefix + 1) // 2].set(-jnp.inf).at[:, :, : prefix // 2].set(-jnp.inf)  # step 4
+
+
+def proposals(scores: Float[Array, "B A E"]) -> tuple[Float[Array, "B A"], Int[Array, "B A"]]:
+    """Similarity of every sender to its best receiver, and which one that is, the lower index on ties."""
+    return scores.max(-1), scores.argmax(-1)
 
 
 def bipartite(
@@ -62,7 +69,7 @@ def bipartite(
     if valid is not None:
         return _bipartite_padded(metric, r, prefix, valid)
     scores = pair_scores(metric, prefix)
-    best, partner = scores.max(-1), scores.argmax(-1)  # step 5: every sender proposes to its best receiver
+    best, partner = proposals(scores)  # step 5: every sender proposes to its best receiver
     order = jnp.argsort(-best, axis=-1, stable=True)  # step 6: the r strongest proposals are taken
     sent, stay = order[:, :r], order[:, r:]
     if prefix:  # step 7: place order, so that the prefix comes first
@@ -83,7 +90,7 @@ def _bipartite_padded(metric, r: int, prefix: int, valid) -> HardMap:
     scores = pair_scores(rows(metric, place), prefix)
     even, odd = jnp.arange(0, n, 2), jnp.arange(1, n, 2)
     scores = jnp.where((even < count)[:, :, None] & (odd < count)[:, None], scores, -jnp.inf)
-    best, partner = scores.max(-1), scores.argmax(-1)
+    best, partner = proposals(scores)
     order = jnp.argsort(-best, axis=-1, stable=True)
     sending = jnp.arange(r) < jnp.minimum(r, (count - prefix) // 2)
     sent = jnp.where(sending, order[:, :r], len(even))
@@ -118,7 +125,7 @@ def kth(metric: Float[Array, "B N D"], k: int) -> HardMap | None:
     place = jnp.arange(groups * k).reshape(groups, k)
     senders, receivers = place[:, :-1].reshape(-1), place[:, -1]
     metric = unit(metric)
-    partner = similarity(metric[:, senders], metric[:, receivers]).argmax(-1)
+    _, partner = proposals(similarity(metric[:, senders], metric[:, receivers]))
     keep, moved = (jnp.broadcast_to(i, (batch, len(i))) for i in (receivers, senders))
     return HardMap(keep, moved, partner, num_in=n)
 
@@ -131,7 +138,7 @@ def random(metric: Float[Array, "B N D"], r: int, uniform: Float[Array, "B N"]) 
         return None
     order = jnp.argsort(uniform, axis=-1, stable=True)
     metric = rows(unit(metric), order)
-    partner = similarity(metric[:, :r], metric[:, r:]).argmax(-1)
+    _, partner = proposals(similarity(metric[:, :r], metric[:, r:]))
     return HardMap(order[:, r:], order[:, :r], partner, num_in=n)
 
 
