@@ -84,6 +84,20 @@ def user_input() -> Iterator[None]:
         raise UserError(str(error)) from error
 
 
+@dataclasses.dataclass(frozen=True)
+class _AsPretrained:
+    """A pretrained model's resizing and cropping, as a transform of the data."""
+
+    preprocess: Preprocess
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.preprocess.size
+
+    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        return np.asarray(self.preprocess.transform(image))
+
+
 class Classify:
     """The task; each mode is a method, and each works from what the workdir holds."""
 
@@ -182,7 +196,7 @@ class Classify:
                 "test",
                 batch_size=self.config.eval_batch_size,
                 train=False,
-                transform=None if preprocess is None else lambda image, rng: np.asarray(preprocess.transform(image)),
+                transform=_AsPretrained(preprocess) if preprocess else None,
                 normalise=self._normalise(),
             )
         return self._test
