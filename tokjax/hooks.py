@@ -110,11 +110,12 @@ def around(
         return run(tokens), tokens
     hook, others = here[0], [h for h in hooks if h is not here[0]]
     plan = hook(tokens, signals)
-    if plan is None or plan.map is None:
+    if plan is None:
         return around(others, where, layer, tokens, signals, run)
     y, inner = around(others, where, layer, _applied(hook, plan, tokens), signals, run)
-    with _scope(hook):
-        y = plan.map.unmerge(y)
+    if plan.map is not None:
+        with _scope(hook):
+            y = plan.map.unmerge(y)
     return y, _note(hook, plan, tokens.replace(carry=inner.carry, aux=inner.aux))
 
 

@@ -142,20 +142,19 @@ def column_mean(signals: Signals, valid: Bool[Array, "B N"] | None = None, block
 
     Rows are made `block` at a time, so that memory stays at `B H block N`.
     """
-    n = signals.need("key").shape[1]
+    given = signals.weights is not None
+    batch, n = signals.need("weights").shape[::3] if given else signals.need("key").shape[:2]
     counted = jnp.ones((1, n)) if valid is None else valid.astype(jnp.float32)
 
     def received(start, size):
         take = start + jnp.arange(size) if size < n else slice(None)
-        return (
-            jnp.einsum("bhqn,bq->bn", attention_rows(signals, take), counted[:, take]) / signals.need("query").shape[2]
-        )
+        return jnp.einsum("bqn,bq->bn", attention_rows(signals, take).mean(1), counted[:, take])
 
-    if n <= block:
+    if given or n <= block:
         total = received(0, n)
     else:
         whole = n // block * block
-        zeros = jnp.zeros((signals.need("key").shape[0], n))
+        zeros = jnp.zeros((batch, n))
         total = jax.lax.fori_loop(0, whole // block, lambda i, t: t + received(i * block, block), zeros)
         if whole < n:
             total += received(whole, n - whole)

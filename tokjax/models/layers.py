@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from tokjax.signals import Signals, attention_rows
-from tokjax.tokens import Tokens
+from tokjax.tokens import MASKED, Tokens
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "exact": lambda x: jax.nn.gelu(x, approximate=False),
@@ -33,14 +33,18 @@ def attention(signals: Signals, implementation: Literal["xla", "cudnn"] = "xla")
     if signals.pair_bias is not None:
         pair = signals.pair_bias(slice(None))
         bias = pair if bias is None else bias + pair
+    causal = rule.causal
     if rule.normaliser == "softmax1":  # a key of zeros: logit 0, value 0
+        if causal:  # every query sees it, so that the kernel's own causal mask will not do
+            past = jnp.where(jnp.tri(query.shape[1], key.shape[1], dtype=bool), 0.0, MASKED)
+            bias, causal = past[None, None] if bias is None else bias + past, False
         key, value = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (key, value))
         bias = None if bias is None else jnp.pad(bias, ((0, 0), (0, 0), (0, 0), (0, 1)))
     if implementation == "cudnn" and bias is not None and bias.shape[1] == bias.shape[2] == 1:
         query, key, value = bias_as_columns(query, key, value, bias[:, 0, 0], rule.scale)
         bias = None
     out = jax.nn.dot_product_attention(
-        query, key, value, bias=bias, scale=rule.scale, is_causal=rule.causal, implementation=implementation
+        query, key, value, bias=bias, scale=rule.scale, is_causal=causal, implementation=implementation
     )
     return out[..., : signals.need("value").shape[-1]]
 
@@ -56,9 +60,10 @@ def bias_as_columns(
 
     In bf16 the bias is split in a high and a low part, so that its rounding is that of the products.
     """
-    high = (bias / scale).astype(key.dtype)
-    low = (bias / scale - high.astype(jnp.float32)).astype(key.dtype)
-    low = jnp.where(jnp.isfinite(low), low, 0)
+    most = float(jnp.finfo(key.dtype).max) / 2  # a masked key must stay finite in float16 too
+    bias = jnp.clip(bias / scale, -most, most)
+    high = bias.astype(key.dtype)
+    low = (bias - high.astype(jnp.float32)).astype(key.dtype)
     column = jnp.broadcast_to(jnp.stack([high, low], -1)[:, :, None], (*key.shape[:3], 2))
     ones = jnp.ones((*query.shape[:3], 2), query.dtype)
 

@@ -51,17 +51,16 @@ class EViT:
         if k >= n - p:
             return None
         attention = cls_attention(signals) if p else column_mean(signals, tokens.valid)
-        order = topk.ranked(tokens, attention)
-        others = jnp.sort(order[:, k:], -1)
+        counts = None if tokens.valid is None else topk.row_counts(tokens, self.count)
+        order = topk.ranked(tokens, attention, counts)
         fused = jnp.full((tokens.batch, 1), n)  # a slot that only moved tokens fill
-        if tokens.valid is None:
-            keep = topk.select(tokens, jnp.concatenate([order[:, :k], fused], 1)).keep
+        keep = topk.select(tokens, jnp.concatenate([order[:, :k], fused], 1), counts).keep
+        if counts is None:
+            others = jnp.sort(order[:, k:], -1)
             into = jnp.full_like(others, p + k)
         else:  # every row fuses behind its own count; rows that keep all fuse nothing
-            counts = topk.row_counts(tokens, self.count)[:, None]
-            keep = topk.select(tokens, jnp.concatenate([order[:, :k], fused], 1), counts[:, 0]).keep
-            rank = jnp.argsort(order, -1)
-            inside = (rank >= counts) & tokens.valid[:, p:]
+            rank, counts = jnp.argsort(order, -1), counts[:, None]
+            inside = (rank >= counts) & (rank < tokens.count()[:, None] - p)
             others = jnp.argsort(~inside, axis=-1, stable=True)[:, : n - p - k] + p
             into = jnp.where(jnp.take_along_axis(inside, others - p, 1), p + counts, k + p + 1)
         share = jnp.take_along_axis(attention, others, 1)

@@ -24,8 +24,13 @@ from tokjax.token_map import HardMap, Plan
 from tokjax.tokens import Tokens
 
 
-def ranked(tokens: Tokens, score: Float[Array, "B N"]) -> Int[Array, "B P"]:
-    """Tokens behind the prefix from best to worst, ties to the lower index, padding last."""
+def ranked(tokens: Tokens, score: Float[Array, "B N"], counts: Int[Array, "B"] | None = None) -> Int[Array, "B P"]:
+    """Tokens behind the prefix from best to worst, ties to the lower index, padding last.
+
+    Rows that keep all of their tokens, told by `counts`, keep them in place order, as unpadded rows do.
+    """
+    if counts is not None:
+        score = jnp.where((counts < tokens.count() - tokens.prefix)[:, None], score, 0)
     if tokens.valid is not None:
         score = jnp.where(tokens.valid, score, -jnp.inf)
     return jnp.argsort(-score[:, tokens.prefix :], axis=-1, stable=True) + tokens.prefix
@@ -75,8 +80,8 @@ class TopK:
         k = self.count(patches)
         if k >= patches:
             return None
-        order = ranked(tokens, importance(tokens, signals))
         counts = None if tokens.valid is None else row_counts(tokens, self.count)
+        order = ranked(tokens, importance(tokens, signals), counts)
         return Plan(select(tokens, order[:, :k], counts), how="keep")
 
 
