@@ -16,7 +16,7 @@ import numpy as np
 from tokjax.hooks import Hook, ModelInfo
 from tokjax.reducers.vit import topk
 from tokjax.signals import Signals
-from tokjax.token_map import HardMap, Plan, behind_prefix
+from tokjax.token_map import HardMap, Plan, behind_prefix, rows
 from tokjax.tokens import Tokens
 
 
@@ -54,6 +54,8 @@ class Random:
             return None
         keys = signals.context.row_keys(tokens.batch, self.layer, self.seed)
         draw = jax.vmap(lambda key: jax.random.uniform(key, (n,)))(keys)
+        if tokens.valid is not None:  # draw number i is for valid token i, wherever the padding stands
+            draw = rows(draw, jnp.cumsum(tokens.valid, -1) - 1)
         order = topk.ranked(tokens, draw)
         if tokens.valid is None:
             return Plan(topk.select(tokens, jnp.sort(order[:, :k], -1)), how="keep")
