@@ -15,7 +15,25 @@ from tokjax.reducers.vit.evit import EViT
 from tokjax.reducers.vit.tome import ToMe
 from tokjax.reducers.vit.topk import TopK
 
-Law = Literal["size", "unmerge", "identity", "padding", "bf16", "gradient", "batch"]
+Law = Literal[
+    "batch",  # a row does not depend on the rows beside it
+    "jit",  # eager, jitted and mapped over a further axis, it gives the same
+    "padding",  # a padded row gives what the row alone gives
+    "size",  # sizes are positive, and add up where they are conserved
+    "prefix",  # prefix tokens stay as they are
+    "unmerge",  # the map, its matrix and its un-merging agree; reducing undoes un-merging
+    "origin",  # positions and kinds follow the anchor, the traced origin follows the map
+    "finite",  # no NaN from valid input
+    "gradient",  # nor in gradients
+    "bf16",  # plans are made in float32, features keep their dtype
+    "shapes",  # lengths are static, or have a valid mask, as declared
+    "identity",  # neutral settings do nothing
+    "knob",  # the knob's values go from cheapest to dearest
+    "model",  # it runs inside a model, and tokens become fewer
+    "collective",  # no collective under shard_map over the batch
+    "automatic",  # nor under automatic sharding
+    "lowering",  # it lowers for TPU and CUDA, with a symbolic batch
+]
 
 
 @dataclasses.dataclass(frozen=True)
