@@ -3,6 +3,7 @@ import itertools
 import os
 from pathlib import Path
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -300,7 +301,88 @@ def test_every_batch_is_seen_once(tmp_path):
     assert seen == expected
 
 
+def test_the_loop_around_the_step_costs_little(tmp_path, monkeypatch):
+    """CPU time of this thread a step, where the step itself does nothing: microseconds beside any real one."""
+    times = []
+
+    class Timed(tiny_run.Points):
+        def __iter__(self):
+            batch = next(super().__iter__())
+
+            class Iterator(tiny_run.PointsIterator):
+                def __next__(iterator):
+                    times.append(time.thread_time())
+                    return batch
+
+            return Iterator(self)
+
+    metrics = {name: np.int32(0) for name in ("loss", "skipped", "bad")}
+    monkeypatch.setattr("tokjax.train.loop.make_step", lambda *_, **__: lambda state, batch: (state, metrics))
+    run(tmp_path, total_steps=2000, log_every=1000, checkpoint_every=2000, loader=Timed(), evaluate=None)
+    assert np.median(np.diff(times)) < 50e-6
+
+
 def iter_of(loader):
     iterator = iter(loader)
     while True:
         yield next(iterator)
+
+
+@pytest.mark.long
+def test_two_processes_share_a_run(tmp_path):
+    """Each its half of the batch, one folder; SIGTERM to one stops both at one step, and a restart goes on."""
+    script = f"""
+import sys; sys.path.insert(0, {str(ROOT / "tests/train")!r})
+import jax, numpy as np, tiny_run
+from jax.sharding import NamedSharding, PartitionSpec as P
+from tokjax.train.loop import train
+rank, port, total, pause = int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
+jax.distributed.initialize("localhost:" + port, 2, rank)
+mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+everywhere, split = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
+class Half(tiny_run.Points):
+    def __iter__(self):
+        class Iterator(tiny_run.PointsIterator):
+            def __next__(i):
+                return {{k: v[8 * rank :][:8] for k, v in super().__next__().items()}}
+            def get_state(i):
+                return super().get_state() | {{"rank": rank}}
+            def set_state(i, state):
+                assert state["rank"] == rank
+                super().set_state(state)
+        return Iterator(self)
+train(
+    tiny_run.config(total_steps=total, eval_every=10, checkpoint_every=15), {str(tmp_path / "two")!r},
+    init_params=tiny_run.init_params(), loss_fn=tiny_run.loss_fn, train_loader=Half(pause),
+    evaluate=lambda params: tiny_run.evaluate(jax.tree.map(np.asarray, params)),
+    place_batch=lambda batch: jax.tree.map(lambda x: jax.make_array_from_process_local_data(split, x), batch),
+    state_sharding=lambda shapes: jax.tree.map(lambda _: everywhere, shapes),
+)
+"""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+
+    def start(pause):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        commands = ([sys.executable, "-c", script, str(rank), str(port), "60", str(pause)] for rank in range(2))
+        return [
+            subprocess.Popen(c, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for c in commands
+        ]
+
+    both = start(pause=0.1)
+    wait_for(both[0], tmp_path / "two", 12)
+    both[1].terminate()
+    ends = [finish(process) for process in both]
+    assert [code for code, _ in ends] == [TERMINATED, TERMINATED], ends
+    stopped = Checkpoints(tmp_path / "two" / "checkpoints").latest()
+    assert stopped is not None and 12 <= stopped < 60
+    ends = [finish(process) for process in start(pause=0)]
+    assert [code for code, _ in ends] == [0, 0], ends
+    assert f"going on from {tmp_path / 'two' / 'checkpoints' / str(stopped)}" in ends[0][1]
+
+    run(tmp_path / "one", total_steps=60, eval_every=10, checkpoint_every=15)
+    two, one = curve(tmp_path / "two"), curve(tmp_path / "one")
+    assert [row["step"] for row in two] == [row["step"] for row in one]
+    losses = [[row["train/loss"] for row in rows if "train/loss" in row] for rows in (two, one)]
+    np.testing.assert_allclose(*losses, rtol=1e-3)

@@ -119,6 +119,18 @@ def test_frozen_gets_no_update_and_no_moments():
     assert jax.tree.map(lambda c, f: c != f, changed, frozen) == jax.tree.map(lambda _: True, frozen)
 
 
+def test_frozen_matches_a_path_or_its_end_from_a_slash_on():
+    params = {"model": vit_tree()}
+
+    def some(*patterns):
+        return true_paths(optimisers.frozen({"frozen": patterns}, params))
+
+    assert some("pos_embed") == some("model/pos_embed") == {"model/pos_embed"}
+    assert some("norm/scale") == {"model/norm/scale"}  # q_norm/scale does not end in /norm/scale
+    assert len(some("blocks/1/.*")) == len(jax.tree.leaves(params["model"]["blocks"][1]))
+    assert some("head/bias|head_dist/bias") == some("head/bias", "head_dist/bias")
+
+
 def test_frozen_must_fit():
     params = vit_tree()
     with pytest.raises(UserError, match=r"'pos_embedding', which is the path of no parameter.*blocks/0/attn"):

@@ -234,7 +234,7 @@ class Checkpoints:
             target: the state to fill, arrays or their shapes (`jax.eval_shape`); where a leaf has a sharding, it is
                 restored with it, else onto the first device.
             step: a number, "latest", or "best". A latest or best step that cannot be read gives way to the one before
-                it (the next best), with a warning that names it.
+                it (the next best), with a warning that names it; if no step has the metric, the latest is the best.
 
         Raises:
             UserError: no checkpoint, none that can be read, or one of another model.
@@ -294,9 +294,10 @@ class Checkpoints:
         elif wanted == "best":
             candidates = self._ranked()
             if not candidates:
-                raise UserError(
-                    f"no checkpoint in {self.folder} has the metric {self.metric!r}; there are steps {steps}"
+                warnings.warn(
+                    f"no checkpoint in {self.folder} has the metric {self.metric!r}: the latest is used", stacklevel=5
                 )
+                candidates = steps[::-1]
         elif wanted in steps:
             candidates = [int(wanted)]
         else:

@@ -43,7 +43,8 @@ class OptimiserConfig:
         eps: added to the root of the second moment.
         clip_norm: largest global norm of the gradients of what is trained; None: no clipping.
         accumulate: parts that a batch is split into, one after the other, before the one update that it gives.
-        frozen: regular expressions; a parameter whose whole path (`blocks/0/mlp/fc1/bias`) matches one is not trained.
+        frozen: regular expressions; a parameter is not trained if one matches its path (`model/blocks/0/norm1/scale`)
+            or the end of it from any `/` on: `blocks/0/.*`, `pos_embed`.
     """
 
     lr: float = 1e-3

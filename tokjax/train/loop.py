@@ -17,6 +17,7 @@ import warnings
 
 import jax
 from jax.experimental import multihost_utils
+import numpy as np
 from tqdm import tqdm
 
 from tokjax.errors import UserError
@@ -130,10 +131,10 @@ def train(
     optimiser = optimisers.make_optimiser(cfg.optimiser, cfg.total_steps, init_params)
     learning_rate = optimisers.schedule(cfg.optimiser, cfg.total_steps)
 
-    def fresh() -> TrainState:
-        return TrainState.create(init_params, optimiser, jax.random.key(cfg.seed), ema=cfg.ema_decay is not None)
+    def fresh(params: Any) -> TrainState:
+        return TrainState.create(params, optimiser, jax.random.key(cfg.seed), ema=cfg.ema_decay is not None)
 
-    target = jax.eval_shape(fresh)
+    target = jax.eval_shape(fresh, init_params)
     sharding = None if state_sharding is None else state_sharding(target)
     train_step = make_step(
         loss_fn,
@@ -161,8 +162,10 @@ def train(
             data.set_state(data_state)
         except ValueError as error:
             raise UserError(f"{checkpoints.folder / str(start)} does not fit train_loader: {error}") from error
-    else:
-        start, state = 0, fresh() if sharding is None else jax.device_put(fresh(), sharding)
+    elif sharding is None:
+        start, state = 0, fresh(init_params)
+    else:  # from the host's memory: every process has all the parameters, a device may have a part only
+        start, state = 0, jax.jit(fresh, out_shardings=sharding)(jax.tree.map(np.asarray, init_params))
     if start >= cfg.total_steps:
         return state
 

@@ -72,7 +72,7 @@ def frozen(cfg: Any, params: Any) -> Any:
     """Which parameters are not trained.
 
     Args:
-        cfg: an OptimiserConfig, or a ConfigDict with its fields; `cfg.frozen` has regular expressions of whole paths.
+        cfg: an OptimiserConfig, or a ConfigDict with its fields; there is said what an expression of `frozen` matches.
         params: a tree of arrays (or of their shapes).
 
     Returns:
@@ -83,10 +83,11 @@ def frozen(cfg: Any, params: Any) -> Any:
     """
     cfg = OptimiserConfig.of(cfg)
     names = [path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
-    for pattern in cfg.frozen:
-        if not any(re.fullmatch(pattern, name) for name in names):
+    hits = {pattern: [bool(re.fullmatch(f"(?:.*/)?(?:{pattern})", name)) for name in names] for pattern in cfg.frozen}
+    for pattern, hit in hits.items():
+        if not any(hit):
             raise UserError(f"optimiser.frozen has {pattern!r}, which is the path of no parameter; {_some(names)}")
-    mask = [any(re.fullmatch(pattern, name) for pattern in cfg.frozen) for name in names]
+    mask = [any(hit) for hit in zip(*hits.values(), strict=True)] if hits else [False] * len(names)
     if all(mask):
         raise UserError(f"optimiser.frozen is {cfg.frozen!r}, which leaves nothing to train; {_some(names)}")
     return jax.tree.unflatten(jax.tree.structure(params), mask)
