@@ -1,8 +1,10 @@
 """The command line: python -m tokjax.main --config=configs/digits.py --workdir=runs/digits"""
 
+import os
 from pathlib import Path
 import shlex
 import sys
+import traceback
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -40,6 +42,9 @@ def main(argv: list[str]) -> None:
         raise UserError("--config is missing, such as --config=configs/digits.py; --list prints the reducers")
     name = Path(FLAGS["config"].config_filename.partition(":")[0]).stem  # type: ignore[attr-defined]
     workdir = Path(WORKDIR.value or f"runs/{name}")
+    there = next(path for path in (workdir, *workdir.parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"--workdir={workdir}: {there} is no folder that can be written to")
     command = shlex.join(["python", "-m", "tokjax.main", *sys.argv[1:]])
     enable_cache()
     if not FLAGS["verbosity"].present:
@@ -63,13 +68,25 @@ def _fail(error: Exception) -> int:
 
 def _parsed(argv: list[str]) -> list[str]:
     """Parses flags and config; whatever is wrong with them is the user's to mend."""
-    known: tuple[type[Exception], ...] = (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError)
+    app.define_help_flags()
     try:
-        return FLAGS(argv)
-    except known as error:
-        if isinstance(error, OSError) and error.filename:
-            raise UserError(f"--config={error.filename}: {error.strerror}") from error
-        raise UserError(str(error)) from error
+        rest = FLAGS(argv)
+        if CONFIG.value is not None:
+            CONFIG.value.get("task")  # a file that could not be read shows at the first look into the config
+        return rest
+    except (AttributeError, KeyError) as error:
+        if any(frame.name == "get_config" for frame in traceback.extract_tb(error.__traceback__)):
+            raise  # a mistake in the file itself, best seen in a traceback
+        field = error.args[0].args[0] if isinstance(error.args[0], KeyError) else error.args[0]
+        raise UserError(f"the config has no field {'. '.join(str(field).splitlines())}") from error
+    except OSError as error:
+        reason = str(error).rpartition("failure to load: ")[2].splitlines()[-1].strip()
+        raise UserError(f"--config: {reason}") from error
+    except (flags.Error, TypeError, ValueError) as error:
+        text = str(error).strip()
+        if "Traceback" in text:  # get_config refused its argument
+            text = f"--config: {text.splitlines()[-1]}"
+        raise UserError(text) from error
 
 
 if __name__ == "__main__":

@@ -118,6 +118,8 @@ class Classify:
             "bench": self.bench,
             "viz": self.viz,
         }
+        if mode not in ("all", *modes):
+            raise UserError(f"mode={mode!r}: must be one of all, {', '.join(modes)}")
         for step in ("train", "sweep", "bench", "viz") if mode == "all" else (mode,):
             print(f"== {step}", flush=True)
             modes[step]()
@@ -134,9 +136,12 @@ class Classify:
         """The checkpoint of `config.init`, if there is one; its preprocessing wins over the config's."""
         if not self.config.init:
             return None
+        return self._loaded(self.config.init)
+
+    def _loaded(self, source: str | Path) -> api.Model:
         with user_input():
             size, dtype = tuple(self.config.data.image_size), self.config.model.get("dtype")
-            return api.load(self.config.init, image_size=size, dtype=dtype)
+            return api.load(source, image_size=size, dtype=dtype)
 
     def fresh(self) -> api.Model:
         """The model before training: random weights, or those of `config.init`; with the reducer of `config.reduce`."""
@@ -155,7 +160,10 @@ class Classify:
         settings = {k: v for k, v in self.config.reduce.items() if k != "name" and v is not None}
         if settings and not name:
             raise UserError(f"config.reduce={settings}: has no name; one of {', '.join(sorted(reducers.REGISTRY))}")
-        return api.reduce(model, name, **settings) if name else model
+        saved = [(method.name, dict(method.settings)) for method in model.methods]
+        if not name or saved == [(name, settings)]:  # a model that was trained reduced brings its reducer
+            return model
+        return api.reduce(model.unreduced, name, **settings)
 
     def _preprocess(self, size: tuple[int, int]) -> Preprocess:
         config = self.config.data
@@ -174,7 +182,7 @@ class Classify:
         checkpoints = Checkpoints(self.workdir / "checkpoints")
         if (self.finished / "config.json").is_file():
             with user_input():
-                return self._reduced(api.load(self.finished))
+                return self._reduced(self._loaded(self.finished))
         if checkpoints.steps():
             model = self.fresh()
             return model.with_params(checkpoints.restore_params(model.params, "best"))
@@ -342,7 +350,8 @@ class Classify:
         for batch in config.batch_sizes:
             images = jax.random.normal(jax.random.key(0), (batch, *base.config.image_size, base.config.channels))
             runs = {name: lambda each=each, images=images: each(images) for name, each in models.items()}
-            times = timing.interleaved(runs, repeats=config.repeats, min_seconds=config.seconds)
+            with user_input():
+                times = timing.interleaved(runs, repeats=config.repeats, min_seconds=config.seconds)
             for name, each in models.items():
                 memory = timing.peak_memory(each.compiled(images))
                 row = {
