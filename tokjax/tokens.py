@@ -65,7 +65,7 @@ class Tokens(struct.PyTreeNode):
         if self.key_bias is not None:
             terms.append(self.key_bias)
         if self.valid is not None:
-            terms.append(jnp.where(self.valid, 0.0, MASKED))
+            terms.append(jnp.where(self.valid, jnp.float32(0), MASKED))
         return sum(terms[1:], terms[0]) if terms else None
 
 
