@@ -22,10 +22,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.data.augment.pad = 3
     config.data.augment.label_smoothing = 0.1
 
-    config.train.total_steps = 900
+    config.train.total_steps = 600
     config.train.log_every = 50
-    config.train.eval_every = 300
-    config.train.checkpoint_every = 300
+    config.train.eval_every = 200
+    config.train.checkpoint_every = 200
     config.train.ema_decay = 0.99
     config.train.optimiser.lr = 2e-3
     config.train.optimiser.warmup_steps = 100

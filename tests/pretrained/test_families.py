@@ -49,7 +49,7 @@ def test_timms_arguments_go_over_published_facts_over_the_architecture():
         "pretrained_cfg": {"input_size": [1, 384, 384], "num_classes": 1000},
     }
     model = families.TIMM.configure(config, NONE)
-    assert model == ViTConfig((64, 32), depth=3, num_classes=10, pooling="mean", gelu="tanh", channels=1)
+    assert model == ViTConfig((64, 32), depth=3, num_classes=10, pooling="size_mean", gelu="tanh", channels=1)
     del config["model_args"]["img_size"], config["model_args"]["fc_norm"]
     model = families.TIMM.configure(config, NONE)
     assert (model.image_size, model.fc_norm) == ((384, 384), True)
@@ -122,7 +122,7 @@ def timm_shapes(*, width=128, rows=17, **more):
 PLAIN = ViTConfig((32, 32), 8, width=128, depth=11, heads=2, num_classes=5)
 NAMED = {
     "plain": ({}, {}),
-    "MAE fine-tuned": ({"fc_norm.weight": (128,)}, {"pooling": "mean", "fc_norm": True}),
+    "MAE fine-tuned": ({"fc_norm.weight": (128,)}, {"pooling": "size_mean", "fc_norm": True}),
     "MAE pre-trained": (
         {"head.weight": None, "decoder_pos_embed": (1, 17, 64), "mask_token": (1, 1, 64)},
         {"num_classes": 0, "position": "sincos"},
@@ -133,7 +133,7 @@ NAMED = {
     "registers, no rows": ({"reg_token": (1, 4, 128), "rows": 16}, {"registers": 4, "position_prefix": False}),
     "without CLS": (
         {"cls_token": None, "rows": 16},
-        {"class_token": False, "pooling": "mean", "position_prefix": False},
+        {"class_token": False, "pooling": "size_mean", "position_prefix": False},
     ),
 }
 
@@ -193,7 +193,7 @@ def test_preprocessing_of_each_family():
     assert images(families.TIMM, {"architecture": "vit_small_patch16_384"}, (384, 384)).resize_to == 384
     deit = images(families.TIMM, {"architecture": "deit_small_patch16_224"})
     assert (deit.resize_to, deit.mean) == (248, IMAGENET_MEAN)
-    mae = images(families.TIMM, {"architecture": "vit_base_patch16_224"}, fc_norm=True, pooling="mean")
+    mae = images(families.TIMM, {"architecture": "vit_base_patch16_224"}, fc_norm=True, pooling="size_mean")
     assert mae.mean == IMAGENET_MEAN
     published = {"crop_pct": 0.95, "interpolation": "bilinear", "mean": [0.1] * 3, "std": [0.2] * 3}
     own = images(families.TIMM, {"architecture": "vit_small_patch16_224", "pretrained_cfg": published})

@@ -205,7 +205,8 @@ _TIMM_DEFAULTS: Json = {
 _TIMM_HARMLESS = {"drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "weight_init"}
 _TIMM_HARMLESS |= {"fix_init", "dynamic_img_size", "dynamic_img_pad", "strict_img_size", "proj_bias"}
 
-_TIMM_POOLING: Json = {"token": "cls", "avg": "mean"}
+# Over merged tokens, the mean over the patches that they stand for (ToMe's patch of MAE); else the plain mean.
+_TIMM_POOLING: Json = {"token": "cls", "avg": "size_mean"}
 _TIMM_GELU: Json = {"gelu": "exact", "gelu_tanh": "tanh", "quick_gelu": "quick"}
 
 
@@ -311,7 +312,7 @@ def _timm_configure(config: Json, tensors: Readable) -> ViTConfig:
         position="sincos" if _is_mae(config, tensors) else "learned",
         position_prefix=not a["no_embed_class"],
         pre_norm=a["pre_norm"],
-        fc_norm=pooling == "mean" if a["fc_norm"] is None else a["fc_norm"],
+        fc_norm=pooling == "size_mean" if a["fc_norm"] is None else a["fc_norm"],
         drop_path=a["drop_path_rate"],
     )
 
