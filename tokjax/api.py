@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from tokjax import reducers, token_map
 from tokjax.bench import flops
@@ -20,6 +20,7 @@ from tokjax.errors import UserError
 from tokjax.hooks import Hook, ModelInfo, Reducer, check
 from tokjax.models import layers
 from tokjax.models.vit import LayerTrace, ViT, ViTConfig, ViTOutput
+from tokjax.pretrained.files import Tensors
 from tokjax.pretrained.preprocess import Preprocess
 from tokjax.pretrained.vit import load_checkpoint, save_checkpoint
 
@@ -165,6 +166,8 @@ class Model:
 
     def _rebuilt(self, methods: Sequence[Method], form: token_map.Form | None = None) -> "Model":
         parts: Any = nnx.merge(self._graph, self.params)
+        learned = parts["reducers"]  # as `params` has them now
+        methods = [dataclasses.replace(m, reducer=learned.get(i, m.reducer)) for i, m in enumerate(methods)]
         form = self.form if form is None else form
         return Model(parts["model"], methods, preprocess=self.preprocess, family=self.family, form=form)
 
@@ -223,19 +226,22 @@ def load(
 
 def _with_saved_reducers(model: Model, path: Path) -> Model:
     try:
-        saved = json.loads(path.read_text())
-        made = [(entry["name"], entry["settings"]) for entry in saved]
+        for entry in json.loads(path.read_text()):
+            model = reduce(model, entry["name"], **entry["settings"])
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} is not a list of reducers with name and settings: {error}") from error
-    for name, settings in made:
-        model = reduce(model, name, **settings)
-    if "reducers" in model.params:
-        flat = load_file(path.with_name(REDUCER_WEIGHTS))
-        learned = jax.tree.map_with_path(
-            lambda key, _: jnp.asarray(flat[jax.tree_util.keystr(key)]), model.params["reducers"]
-        )
-        model = model.with_params({**model.params, "reducers": learned})
-    return model
+        raise UserError(f"{path}: not a list of reducers with name and settings that fit: {error}") from error
+    if "reducers" not in model.params:
+        return model
+    weights = Tensors(path.with_name(REDUCER_WEIGHTS))
+
+    def saved(key, leaf):
+        name = jax.tree_util.keystr(key)
+        if name not in weights or weights.shape(name) != leaf.shape:
+            raise UserError(f"{path.with_name(REDUCER_WEIGHTS)} has no tensor {name} of shape {leaf.shape}")
+        return jnp.asarray(weights[name])
+
+    learned = jax.tree.map_with_path(saved, model.params["reducers"])
+    return model.with_params({**model.params, "reducers": learned})
 
 
 def reduce(model: Model, method: str | Reducer, *, form: token_map.Form | None = None, **settings: Any) -> Model:
@@ -263,20 +269,37 @@ def save(model: Model, folder: str | Path) -> None:
     """Writes weights, config and preprocessing as the model's family names them, and the reducers beside them.
 
     Nothing is left half-written: files appear under their names when they are whole.
+
+    Raises:
+        ValueError: a reducer that `load` could not make again, because it is not registered or its settings are no
+            plain values.
     """
     folder, params = Path(folder), dict(model.params["model"])
+    text = _reducers_text(model.methods)
     if model.config.scan:
         params["blocks"] = layers.unstack(params["blocks"])
     config = dataclasses.replace(model.config, scan=False)
     save_checkpoint(folder, config, params, model.preprocess, family=model.family)
+    for name in (REDUCERS, REDUCER_WEIGHTS):  # perhaps of an earlier model in this folder
+        (folder / name).unlink(missing_ok=True)
     if "reducers" in model.params:
         leaves = jax.tree.leaves_with_path(model.params["reducers"])
         part = folder / f"{REDUCER_WEIGHTS}.part"
         save_file({jax.tree_util.keystr(key): np.asarray(leaf) for key, leaf in leaves}, part)
         part.replace(folder / REDUCER_WEIGHTS)
-    if not model.methods:  # perhaps of an earlier model in this folder
-        (folder / REDUCERS).unlink(missing_ok=True)
-        return
-    part = folder / f"{REDUCERS}.part"
-    part.write_text(json.dumps([{"name": m.name, "settings": dict(m.settings)} for m in model.methods], indent=1))
-    part.replace(folder / REDUCERS)
+    if model.methods:
+        part = folder / f"{REDUCERS}.part"
+        part.write_text(text)
+        part.replace(folder / REDUCERS)
+
+
+def _reducers_text(methods: Sequence[Method]) -> str:
+    for method in methods:
+        if method.name not in reducers.REGISTRY:
+            raise ValueError(f"reducer {method.name} is not registered: load could not make it; save model.unreduced")
+    try:
+        return json.dumps([{"name": m.name, "settings": dict(m.settings)} for m in methods], indent=1)
+    except TypeError as error:
+        raise ValueError(
+            f"settings of {', '.join(m.name for m in methods)}: {error}, so that they cannot be saved"
+        ) from error
