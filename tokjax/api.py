@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from flax import nnx, struct
 import jax
@@ -255,6 +255,8 @@ def reduce(model: Model, method: str | Reducer, *, form: token_map.Form | None =
     Raises:
         ValueError: an unknown name or setting, a value out of range, or a site that the model does not have.
     """
+    if form is not None and form not in get_args(token_map.Form):
+        raise ValueError(f"form={form!r}: must be one of {', '.join(get_args(token_map.Form))}")
     if isinstance(method, str):
         made = Method(method, dict(settings), reducers.create(method, **settings))
     elif settings:
