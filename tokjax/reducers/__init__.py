@@ -7,8 +7,10 @@ of ours. Adding a method is one file beside these and one entry here.
 from collections.abc import Callable, Mapping
 import dataclasses
 import difflib
+import math
 from typing import Any, Literal
 
+from tokjax import schedules
 from tokjax.hooks import ModelInfo, Reducer
 from tokjax.reducers.vit.controls import AvgPool, Random, Strided
 from tokjax.reducers.vit.evit import EViT
@@ -47,7 +49,9 @@ class Knob:
 
 def _rates(info: ModelInfo) -> list[float]:
     patches = info.length - info.prefix
-    return [k / patches for k in range(1, patches + 1)]
+    rates = ((k, k / patches) for k in range(1, patches + 1))
+    # Some products round up over k, and their ceiling with them: a hair less keeps k tokens.
+    return [rate if schedules.kept(rate, patches) == k else math.nextafter(rate, 0) for k, rate in rates]
 
 
 def _removed(info: ModelInfo) -> list[int]:
