@@ -1,0 +1,92 @@
+"""Knobs turned to a target: reached within one step of the knob, or the reachable range is told."""
+
+import re
+
+import pytest
+
+import tokjax
+from tokjax import budget
+from tokjax.models.vit import ViTConfig
+from tokjax.reducers import REGISTRY, create
+
+
+@pytest.fixture(scope="module")
+def model() -> tokjax.Model:
+    return tokjax.build(ViTConfig((24, 24), 4, width=16, depth=4, heads=2, num_classes=5))
+
+
+def neighbours(found: budget.Solution, name: str, model: tokjax.Model, cost) -> list[float]:
+    """Relative costs one step of the knob below and above the solution."""
+    knob = REGISTRY[name].knob
+    values = knob.values(model.info)
+    at = values.index(found.settings[knob.field])
+    beside = [{**found.settings, knob.field: values[i]} for i in (at - 1, at + 1) if 0 <= i < len(values)]
+    return [cost(tokjax.reduce(model, name, **settings)) / cost(model) for settings in beside]
+
+
+def macs(model: tokjax.Model) -> float:
+    return model.cost().total
+
+
+@pytest.mark.parametrize("name", sorted(REGISTRY))
+def test_target_is_reached_within_a_step_of_the_knob(model, name):
+    found = budget.solve(name, model, macs=0.7)
+    assert found.reached and found.target == 0.7
+    assert found.macs == macs(found.model) and found.relative == found.macs / macs(model)
+    method = found.model.methods[-1]
+    assert method.name == name and found.settings == method.settings
+    assert method.reducer == create(name, **found.settings)
+    steps = neighbours(found, name, model, macs)
+    assert all(abs(found.relative - 0.7) <= abs(step - 0.7) for step in steps)
+    assert min(steps) <= 0.7 <= max(steps)
+
+
+def test_target_of_tokens(model):
+    found = budget.solve("tome", model, tokens=0.6)
+    assert budget.mean_tokens(model) == 37
+    assert found.relative == budget.mean_tokens(found.model) / 37
+    steps = neighbours(found, "tome", model, budget.mean_tokens)
+    assert all(abs(found.relative - 0.6) <= abs(step - 0.6) for step in steps)
+
+
+def test_the_whole_model_is_a_target(model):
+    found = budget.solve("topk", model, macs=1.0)
+    assert found.settings == {"keep_rate": 1.0} and found.relative == 1.0 and found.reached
+
+
+def test_target_below_reach_gives_the_cheapest(model):
+    found = budget.solve("topk", model, macs=0.01, layers=(0,))
+    low, high = found.reachable
+    assert not found.reached and 0.01 < low < high == 1.0
+    assert found.relative == low and found.settings == {"layers": (0,), "keep_rate": 1 / 36}
+
+
+def test_target_above_reach_gives_the_dearest(model):
+    found = budget.solve("tome", model, macs=0.95, matching="kth")  # which halves the tokens whatever r is
+    assert not found.reached and found.relative == found.reachable[1] < 0.95
+
+
+def test_settings_and_reducers_that_stay(model):
+    pruned = tokjax.reduce(model, "topk", keep_rate=0.5, layers=(2,))
+    found = budget.solve("tome", pruned, macs=0.8, layers=(0,))
+    assert [m.name for m in found.model.methods] == ["topk", "tome"]
+    assert found.relative == macs(found.model) / macs(pruned)
+    assert found.settings["layers"] == (0,)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, "macs=None, tokens=None: give one"),
+        ({"macs": 0.5, "tokens": 0.5}, "give one of the two"),
+        ({"macs": 0}, "macs=0: must be in (0, 1]"),
+        ({"tokens": 1.5}, "tokens=1.5: must be in (0, 1]"),
+        ({"macs": 0.5, "r": 3}, "r=3: is what solve turns"),
+        ({"macs": 0.5, "rate": 3}, "rate=3: tome has the settings"),
+    ],
+)
+def test_what_solve_refuses(model, settings, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        budget.solve("tome", model, **settings)
+    with pytest.raises(ValueError, match="did you mean 'tome'"):
+        budget.solve("tomee", model, macs=0.5)
