@@ -38,7 +38,7 @@ def test_bias_is_log_size_plus_gates_plus_mask():
         valid=jnp.array([[True, True, True], [True, False, True]]),
     )
     bias = np.asarray(tokens.attention_bias())
-    np.testing.assert_allclose(bias[0], np.log([1, 2, 4]) + [0, -1, 0.5], rtol=1e-6)
+    np.testing.assert_allclose(bias[0], [0, np.log(2) - 1, np.log(4) + 0.5], rtol=1e-6)
     np.testing.assert_allclose(bias[1, [0, 2]], np.log([3, 1]), rtol=1e-6)
     assert bias[1, 1] == MASKED
     gates_only = tokens.replace(proportional=False, valid=None).attention_bias()
