@@ -1,54 +1,27 @@
 """The command line: what it prints, and that every mistake of a user ends in one clear line."""
 
 from pathlib import Path
-import subprocess
-import sys
-from typing import NamedTuple
 
-from absl.testing import flagsaver
+from command_line import DIGITS, ROOT, Result, here, process
 import jax
 import optax
 import pytest
 
 import tokjax
-from tokjax import main
 from tokjax.models.vit import ViTConfig
 from tokjax.reducers import REGISTRY
-import tokjax.tasks.classify  # whose flags must outlive a single run
 from tokjax.train.checkpoints import Checkpoints
 from tokjax.train.state import TrainState
 
-ROOT = Path(__file__).parents[1]
 # ml_collections still reads files in the old way.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
-CONFIG = f"--config={ROOT / 'configs' / 'digits.py'}:short"
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
 
 @pytest.fixture
-def cli(tmp_path, monkeypatch, capsys):
-    """Runs the command line here, in an empty working directory; flags are then as they were."""
+def cli(tmp_path, monkeypatch):
+    """The command line in an empty working directory."""
     monkeypatch.chdir(tmp_path)
-
-    def run(*args: str) -> Result:
-        monkeypatch.setattr(sys, "argv", ["main.py", *args])
-        with flagsaver.flagsaver(), pytest.raises(SystemExit) as end:
-            main.run()
-        return Result(end.value.code or 0, *capsys.readouterr())
-
-    return run
-
-
-def process(*args: str) -> Result:
-    """The same in a process of its own, started in the root of the project."""
-    done = subprocess.run([sys.executable, "-m", "tokjax.main", *args], cwd=ROOT, capture_output=True, text=True)
-    return Result(done.returncode, done.stdout, done.stderr)
+    return here
 
 
 def small(width: int = 16) -> tokjax.Model:
@@ -90,24 +63,24 @@ def test_process_ends_with_the_line_and_its_code(saved, tmp_path):
     assert_refused(process("--nope=1"), "nope")
     file = tmp_path / "model.safetensors"
     file.write_bytes((saved / "model" / file.name).read_bytes()[:-100])
-    result = process(CONFIG, "--mode=eval", f"--workdir={tmp_path / 'run'}", f"--config.init={file}")
+    result = process(DIGITS, "--mode=eval", f"--workdir={tmp_path / 'run'}", f"--config.init={file}")
     assert_refused(result, str(file), "not a whole safetensors file")
 
 
 BAD_FLAGS = {
     "no config": ([], ["--config", "configs/digits.py", "--list"]),
-    "flag": ([CONFIG, "--wrkdir=x"], ["wrkdir", "workdir"]),
-    "argument": ([CONFIG, "train"], ["train", "--config."]),
-    "field": ([CONFIG, "--config.nope=1"], ["no field", "nope"]),
-    "misspelt field": ([CONFIG, "--config.train.total_stps=1"], ["total_stps", "total_steps"]),
-    "type": ([CONFIG, "--config.seed=abc"], ["config.seed", "abc"]),
+    "flag": ([DIGITS, "--wrkdir=x"], ["wrkdir", "workdir"]),
+    "argument": ([DIGITS, "train"], ["train", "--config."]),
+    "field": ([DIGITS, "--config.nope=1"], ["no field", "nope"]),
+    "misspelt field": ([DIGITS, "--config.train.total_stps=1"], ["total_stps", "total_steps"]),
+    "type": ([DIGITS, "--config.seed=abc"], ["config.seed", "abc"]),
     "no file": (["--config=configs/missing.py"], ["configs/missing.py", "No such file"]),
     "no file, with a field": (["--config=configs/missing.py", "--config.seed=1"], ["configs/missing.py"]),
     "folder for a file": ([f"--config={ROOT / 'configs'}"], ["configs", "directory"]),
-    "mode": ([CONFIG, "--mode=dance"], ["dance", "train", "sweep"]),
-    "mode in the config": ([CONFIG, "--config.mode=dance"], ["dance", "train", "sweep"]),
-    "task": ([CONFIG, "--config.task=dance"], ["dance", "classify"]),
-    "file for a workdir": ([CONFIG, f"--workdir={__file__}/run"], ["--workdir", Path(__file__).name]),
+    "mode": ([DIGITS, "--mode=dance"], ["dance", "train", "sweep"]),
+    "mode in the config": ([DIGITS, "--config.mode=dance"], ["dance", "train", "sweep"]),
+    "task": ([DIGITS, "--config.task=dance"], ["dance", "classify"]),
+    "file for a workdir": ([DIGITS, f"--workdir={__file__}/run"], ["--workdir", Path(__file__).name]),
 }
 
 
@@ -139,7 +112,7 @@ BAD_VALUES = {
 @pytest.mark.parametrize("name", BAD_VALUES)
 def test_bad_values(cli, name):
     args, words = BAD_VALUES[name]
-    assert_refused(cli(CONFIG, "--mode=bench", "--config.model.depth=1", *args), *words)
+    assert_refused(cli(DIGITS, "--mode=bench", "--config.model.depth=1", *args), *words)
 
 
 BAD_DATA = {
@@ -155,13 +128,13 @@ BAD_DATA = {
 @pytest.mark.parametrize("name", BAD_DATA)
 def test_bad_training(cli, tmp_path, name):
     args, words = BAD_DATA[name]
-    assert_refused(cli(CONFIG, "--mode=train", f"--workdir={tmp_path / 'run'}", *args), *words)
+    assert_refused(cli(DIGITS, "--mode=train", f"--workdir={tmp_path / 'run'}", *args), *words)
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("mode", ["eval", "sweep", "viz"])
 def test_workdir_without_a_model(cli, mode):
-    assert_refused(cli(CONFIG, f"--mode={mode}", "--workdir=empty"), "empty holds no model", "--mode=train", "init")
+    assert_refused(cli(DIGITS, f"--mode={mode}", "--workdir=empty"), "empty holds no model", "--mode=train", "init")
     assert not Path("empty").exists()
 
 
@@ -169,13 +142,13 @@ def test_size_of_the_data_that_a_checkpoint_cannot_take(cli, saved):
     size = "--config.data.image_size=(30, 30)"
     init = f"--config.init={saved / 'model'}"
     for where in (f"--workdir={saved}", init):
-        assert_refused(cli(CONFIG, "--mode=eval", where, size), "(30, 30)", "patch_size=8")
+        assert_refused(cli(DIGITS, "--mode=eval", where, size), "(30, 30)", "patch_size=8")
 
 
 def test_data_of_more_classes_than_a_checkpoint(cli, tmp_path):
     config = ViTConfig((32, 32), 8, width=16, depth=1, heads=2, num_classes=3)
     tokjax.save(tokjax.build(config), tmp_path / "three")
-    assert_refused(cli(CONFIG, "--mode=eval", f"--config.init={tmp_path / 'three'}"), "10 classes", "the model 3")
+    assert_refused(cli(DIGITS, "--mode=eval", f"--config.init={tmp_path / 'three'}"), "10 classes", "the model 3")
 
 
 @pytest.mark.parametrize("where", ["init", "workdir"])
@@ -186,11 +159,11 @@ def test_truncated_checkpoint(cli, saved, tmp_path, where):
     weights = model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     given = f"--config.init={model}" if where == "init" else f"--workdir={model.parent}"
-    assert_refused(cli(CONFIG, "--mode=eval", given), str(weights), "not a whole safetensors file")
+    assert_refused(cli(DIGITS, "--mode=eval", given), str(weights), "not a whole safetensors file")
 
 
 def test_checkpoint_that_is_not_there(cli):
-    assert_refused(cli(CONFIG, "--mode=eval", "--config.init=gone/away/model"), "gone/away/model")
+    assert_refused(cli(DIGITS, "--mode=eval", "--config.init=gone/away/model"), "gone/away/model")
 
 
 def test_checkpoint_of_another_model_in_the_workdir(cli, tmp_path):
@@ -199,13 +172,13 @@ def test_checkpoint_of_another_model_in_the_workdir(cli, tmp_path):
         checkpoints.save(7, state, metrics={"accuracy": 0.5})
     shape = ["--config.model.patch_size=8", "--config.model.depth=1", "--config.model.heads=2"]
     for mode in ("eval", "train"):
-        result = cli(CONFIG, f"--mode={mode}", f"--workdir={tmp_path / 'run'}", "--config.model.width=16", *shape)
+        result = cli(DIGITS, f"--mode={mode}", f"--workdir={tmp_path / 'run'}", "--config.model.width=16", *shape)
         assert_refused(result, str(tmp_path / "run" / "checkpoints" / "7"), "another model", "(32,)", "(16,)")
 
 
 def test_reducer_of_the_config_replaces_the_saved_one(cli, tmp_path):
     tokjax.save(tokjax.reduce(small(), "tome", r=2), tmp_path / "run" / "model")
-    command = [CONFIG, "--mode=eval", f"--workdir={tmp_path / 'run'}"]
+    command = [DIGITS, "--mode=eval", f"--workdir={tmp_path / 'run'}"]
     for args, setting in (([], "r=2"), (["2"], "r=2"), (["3"], "r=3")):
         result = cli(*command, *(f"--config.reduce.{x}" for r in args for x in ("name=tome", f"r={r}")))
         assert result.code == 0, result.err
