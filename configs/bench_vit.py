@@ -7,7 +7,7 @@ python -m tokjax.main --config=configs/bench_vit.py:h/14 --config.model.dtype=bf
 
 import ml_collections
 
-from tokjax.tasks.classify import default_config
+from tokjax.tasks.classify import default_config, model_config
 
 R = {"ti": 13, "s": 13, "b": 13, "l": 7, "h": 7}  # ToMe's for each size (Bolya et al. 2023)
 
@@ -18,7 +18,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config = default_config()
     config.mode = "bench"
     config.title = f"ViT-{name.upper()} at 224 px"
-    config.model = ml_collections.ConfigDict({"preset": name, "num_classes": 1000, "dtype": "float32"})
+    config.model = model_config(name, num_classes=1000)
     config.data.image_size = (224, 224)
     config.bench.methods = (
         {"name": "tome", "label": "ToMe", "settings": {"r": R.get(name.split("/")[0], 13)}},

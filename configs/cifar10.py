@@ -6,7 +6,7 @@ python -m tokjax.main --config=configs/cifar10.py:small --config.data.path=FOLDE
 
 import ml_collections
 
-from tokjax.tasks.classify import default_config
+from tokjax.tasks.classify import default_config, model_config
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
@@ -15,7 +15,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.title = "CIFAR-10: token reduction at equal cost"
     config.batch_size = 128
     config.eval_batch_size = 250
-    config.model = ml_collections.ConfigDict({"preset": "ti/4", "drop_path": 0.1, "dtype": "float32"})
+    config.model = model_config("ti/4", drop_path=0.1)
 
     config.data.source = "parquet"
     config.data.image_size = (32, 32)  # 64 patches and CLS
@@ -42,9 +42,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     )
     config.bench.batch_sizes = (1, 128)
     if arg == "small":
-        config.model = ml_collections.ConfigDict(
-            {"preset": "", "patch_size": 4, "width": 96, "depth": 6, "heads": 3, "drop_path": 0.0, "dtype": "float32"}
-        )
+        config.model = model_config(patch_size=4, width=96, depth=6, heads=3)
         config.data.augment.mixup = config.data.augment.cutmix = 0.0
         config.data.test_subset = 1000
         config.train.total_steps = 2340  # 6 epochs

@@ -6,7 +6,7 @@ python -m tokjax.main --config=configs/digits.py --workdir=runs/digits
 
 import ml_collections
 
-from tokjax.tasks.classify import default_config
+from tokjax.tasks.classify import default_config, model_config
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
@@ -15,7 +15,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.title = "Digits: token reduction at equal cost"
     config.batch_size = 64
     config.eval_batch_size = 120  # 360 test images
-    config.model = ml_collections.ConfigDict({"preset": "", "patch_size": 4, "width": 64, "depth": 4, "heads": 4})
+    config.model = model_config(patch_size=4, width=64, depth=4, heads=4)
 
     config.data.image_size = (32, 32)  # 64 patches and CLS
     config.data.augment.crop = "pad"
@@ -33,6 +33,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.train.optimiser.clip_norm = 1.0
 
     config.sweep.targets = (0.8, 0.6, 0.4)
+    for method in config.sweep.methods:  # early, while CLS has not read everything
+        method["settings"]["layers"] = (0, 1)
     config.sweep.seconds = 0.1
     config.bench.methods = (
         {"name": "tome", "label": "ToMe", "settings": {"r": 8}},

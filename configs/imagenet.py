@@ -8,7 +8,7 @@ and sweep python -m tokjax.main --config=configs/imagenet.py --mode=eval --confi
 
 import ml_collections
 
-from tokjax.tasks.classify import default_config
+from tokjax.tasks.classify import default_config, model_config
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
@@ -18,8 +18,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.title = f"ImageNet: ViT-{name.upper()}, token reduction at equal cost"
     config.batch_size = 1024  # of this process
     config.eval_batch_size = 256
-    model = {"preset": name.removeprefix("deit-"), "drop_path": 0.1, "dtype": "bfloat16"}
-    config.model = ml_collections.ConfigDict({**model, "distilled": name.startswith("deit-")})
+    distilled = name.startswith("deit-")
+    config.model = model_config(name.removeprefix("deit-"), distilled=distilled, drop_path=0.1, dtype="bfloat16")
 
     config.data.image_size = (224, 224)
     config.data.mean, config.data.std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -2,15 +2,19 @@
 
 import dataclasses
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import tokjax
 from tokjax import hooks as hk
 from tokjax.hooks import Hook, ModelInfo
+from tokjax.models.vit import ViT, ViTConfig
+from tokjax.reducers.vit.topk import TopK
 from tokjax.signals import Signals
-from tokjax.token_map import HardMap, Plan
+from tokjax.token_map import HardMap, Plan, rows
 from tokjax.tokens import Tokens
 
 INFO = ModelInfo(depth=4, width=8, heads=2, length=5, prefix=1, sites=frozenset({"input", "after_block"}))
@@ -61,7 +65,7 @@ def test_equal_hooks_are_equal_static_arguments():
 
     def reduced(x, hook):
         traces.append(hook)
-        return hk.reduce([hook], "input", 0, TOKENS.replace(x=x), Signals()).x
+        return hk.reduce([hook], "input", 0, TOKENS.replace(x=x), Signals())[0].x
 
     jitted = jax.jit(reduced, static_argnames="hook")
     jitted(TOKENS.x, hook=Hook("input", 0, Drop(2)))
@@ -85,7 +89,7 @@ def test_hooks_of_one_site_run_in_list_order_and_others_not():
         Hook("after_block", 0, Drop(3)),
         Hook("input", 0, Halve()),
     ]
-    out = hk.reduce(hooks, "input", 0, TOKENS, Signals())
+    out, _ = hk.reduce(hooks, "input", 0, TOKENS, Signals())
     np.testing.assert_allclose(out.x, TOKENS.x[:, :4].reshape(1, 2, 2, 2).mean(2))
     assert out.carry == {"halved": 4}
 
@@ -97,7 +101,7 @@ def test_every_plan_keeps_its_aux():
         Hook("input", 0, Drop(2)),
         Hook("input", 0, Note()),
     ]
-    out = hk.reduce(hooks, "input", 0, TOKENS, Signals())
+    out, _ = hk.reduce(hooks, "input", 0, TOKENS, Signals())
     assert out.aux == {
         "00.input.Drop": {"dropped": 1},
         "00.input.Drop.2": {"dropped": 2},
@@ -119,7 +123,7 @@ def test_the_call_can_be_another_method_than_plan():
 
 def test_hooks_run_under_a_named_scope():
     def reduced(x):
-        return hk.reduce([Hook("input", 0, Halve())], "input", 0, TOKENS.replace(x=x), Signals()).x
+        return hk.reduce([Hook("input", 0, Halve())], "input", 0, TOKENS.replace(x=x), Signals())[0].x
 
     names = {str(eqn.source_info.name_stack) for eqn in jax.make_jaxpr(reduced)(TOKENS.x).eqns}
     assert names
@@ -156,3 +160,47 @@ def test_around_keeps_what_a_plan_without_a_map_leaves():
     np.testing.assert_array_equal(y, TOKENS.x)
     assert tokens.carry == {"seen": 6}
     assert tokens.aux == {"00.around_mlp.Note": {"length": 6}}
+
+
+def test_signals_follow_the_tokens_from_one_hook_to_the_next():
+    key = jax.random.normal(jax.random.key(0), (1, 6, 2, 4))
+    query, value = key + 1, key + 2
+    tokens = TOKENS.replace(size=jnp.array([[1.0, 3, 1, 1, 2, 2]]))
+    hooks = [Hook("after_attention", 1, Halve()), Hook("after_block", 1, Drop())]
+    signals = Signals(query, key, value, tokens.attention_bias()[:, None, None])
+    halved, after = hk.reduce(hooks, "after_attention", 1, tokens, signals, then="after_block")
+    for ours, whole in ((after.query, query), (after.key, key), (after.value, value)):
+        pairs, weight = (
+            np.asarray(whole).reshape(1, 3, 2, 2, 4),
+            np.array([[1, 3], [1, 1], [2, 2]])[None, :, :, None, None],
+        )
+        np.testing.assert_allclose(ours, (pairs * weight).sum(2) / weight.sum(2), rtol=1e-6)
+    np.testing.assert_array_equal(after.bias[:, 0, 0], halved.attention_bias())
+    dropped, _ = hk.reduce(hooks, "after_block", 1, halved, after)
+    assert dropped.length == 2
+    # Nobody comes later: nothing to move.
+    assert hk.reduce(hooks[:1], "after_attention", 1, tokens, signals)[1] is signals
+
+
+def test_two_methods_reduce_in_one_block():
+    """Pruning and then merging in the same block: the merge sees the keys of the tokens that stayed."""
+    model = tokjax.build(ViTConfig(image_size=(16, 16), patch_size=4, width=16, depth=3, heads=2, num_classes=3))
+    chain = tokjax.reduce(tokjax.reduce(model, "topk", keep_rate=0.75, layers=(1,)), "tome", r=4, layers=(1,))
+    assert chain.token_counts() == (17, 9, 9)  # 16 patches, 12 stay, 4 of them merge
+    images = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))
+    module = ViT(model.config, rngs=nnx.Rngs(0))
+    tokens = module.embed(images)
+    tokens, _ = module.blocks[0](tokens)
+    seen = []
+
+    @dataclasses.dataclass(frozen=True)
+    class Look:
+        def plan(self, tokens, signals):
+            seen.append((tokens, signals))
+
+    topk = Hook("after_attention", 1, TopK(keep_rate=0.75))
+    module.blocks[1](tokens, [Hook("after_attention", 1, Look()), topk, Hook("after_attention", 1, Look())], 1)
+    (whole, before), (kept, after) = seen
+    plan = topk(whole, before)
+    np.testing.assert_array_equal(after.key, rows(before.key, plan.map.keep))
+    np.testing.assert_array_equal(kept.x, rows(whole.x, plan.map.keep))

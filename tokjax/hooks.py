@@ -80,13 +80,41 @@ def check(hooks: Sequence[Hook], info: ModelInfo) -> None:
             raise ValueError(f"{name} hooks in at layer {hook.layer}; this model has layers 0 to {info.depth - 1}")
 
 
-def reduce(hooks: Sequence[Hook], where: Where, layer: int, tokens: Tokens, signals: Signals) -> Tokens:
-    """Runs the hooks of one site on the tokens."""
-    for hook in at(hooks, where, layer):
+def reduce(
+    hooks: Sequence[Hook], where: Where, layer: int, tokens: Tokens, signals: Signals, then: Where | None = None
+) -> tuple[Tokens, Signals]:
+    """Runs the hooks of one site; signals follow the tokens for the next hook here and those at the site `then`."""
+    here = at(hooks, where, layer)
+    for i, hook in enumerate(here):
         plan = hook(tokens, signals)
-        if plan is not None:
-            tokens = _note(hook, plan, _applied(hook, plan, tokens))
-    return tokens
+        if plan is None:
+            continue
+        before, tokens = tokens, _note(hook, plan, _applied(hook, plan, tokens))
+        if here[i + 1 :] or (then is not None and at(hooks, then, layer)):
+            with _scope(hook):
+                signals = _follow(signals, plan, before, tokens)
+    return tokens, signals
+
+
+def _follow(signals: Signals, plan: token_map.Plan, before: Tokens, after: Tokens) -> Signals:
+    """The signals of the tokens that a plan leaves: queries, keys and values move as features do.
+
+    Maps over pairs and log-sum-exps do not survive a change of the keys; appended tokens have no signals at all.
+    """
+    if plan.append is not None:
+        return Signals(context=signals.context)
+    if plan.map is None or signals.key is None:
+        return signals
+    bias, policy = after.attention_bias(), signals.policy
+    moved = {name: token_map.move(plan, signals.need(name), before.size)[0] for name in ("query", "key", "value")}
+    return signals.replace(
+        **moved,
+        bias=None if bias is None else bias[:, None, None],
+        policy=None if policy is None else token_map.rows(policy, plan.map.anchor),
+        lse=None,
+        weights=None,
+        pair_bias=None,
+    )
 
 
 def attend(hooks: Sequence[Hook], layer: int, tokens: Tokens, signals: Signals) -> Signals:

@@ -222,13 +222,14 @@ class Plan(struct.PyTreeNode):
     """What a reducer decides. With everything None, nothing happens.
 
     `how` features move: "size" averages weighted by size, "mean" averages each token once, "sum" applies the map as it
-    is, "keep" takes the anchor's features and ignores the moved ones.
+    is, "keep" takes the anchor's features and ignores the moved ones. A map that leaves slots empty in tokens without a
+    mask needs `valid`.
     """
 
     map: TokenMap | None = None
     size: TokenMap | None = None  # how sizes move; None: a slot has its anchor's, and untracked stays untracked
     how: How = struct.field(pytree_node=False, default="size")
-    valid: Bool[Array, "B M"] | None = None  # of the output slots; None: a slot is valid if anything valid is in it
+    valid: Bool[Array, "B M"] | None = None  # of the output; None: where anything valid went in
     proportional: bool | None = struct.field(pytree_node=False, default=None)  # from here on; None: as it was
     key_bias: Float[Array, "B M"] | None = None  # of the output tokens, replaces theirs
     append: Tokens | None = None  # put behind the output: caches, restored tokens
@@ -259,19 +260,35 @@ def apply(plan: Plan, tokens: Tokens) -> Tokens:
     return tokens
 
 
+def move(
+    plan: Plan, x: Float[Array, "B N *c"], size: Float[Array, "B N"] | None
+) -> tuple[Float[Array, "B M *c"], Float[Array, "B M"] | None]:
+    """Moves features as the plan says, sums and averages in float32; also what averages were divided by.
+
+    An empty slot gives zeros.
+    """
+    m = plan.map
+    assert m is not None
+    if plan.how == "keep":
+        return rows(x, m.anchor), None
+    x32 = x.astype(jnp.float32)
+    if plan.how == "sum":
+        return m.sum(x32).astype(x.dtype), None
+
+    def along(weight):  # beside features of any rank
+        return weight.reshape(weight.shape + (1,) * (x.ndim - 2))
+
+    if plan.how == "mean" or size is None:
+        mass, total = m.sum(jnp.ones(x.shape[:2], jnp.float32)), m.sum(x32)
+    else:
+        mass, total = m.sum(size), m.sum(x32 * along(size))
+    return (total / along(jnp.where(mass == 0, 1, mass))).astype(x.dtype), mass
+
+
 def _move(plan: Plan, tokens: Tokens) -> Tokens:
     m = plan.map
     assert m is not None
-    mass, x32 = None, tokens.x.astype(jnp.float32)
-    if plan.how == "keep":
-        x = rows(tokens.x, m.anchor)
-    elif plan.how == "sum":
-        x = m.sum(x32).astype(tokens.x.dtype)
-    else:  # averages, accumulated in float32; an empty slot gives zeros
-        weight = tokens.sizes() if plan.how == "size" else jnp.ones(tokens.x.shape[:2], jnp.float32)
-        weighted = plan.how == "size" and tokens.size is not None
-        mass, total = m.sum(weight), m.sum(x32 * weight[..., None] if weighted else x32)
-        x = (total / jnp.where(mass == 0, 1, mass)[..., None]).astype(tokens.x.dtype)
+    x, mass = move(plan, tokens.x, tokens.size)
 
     def follow(field, fill=0):
         return None if field is None else rows(field, m.anchor, fill)

@@ -206,7 +206,7 @@ class Block(nnx.Module):
     ) -> tuple[Tokens, Tokens]:
         """Attention and MLP with their hooks; also the tokens as they entered the MLP. `drop`: rate, key."""
         outside = Signals(context=context or Context())
-        tokens = hk.reduce(hooks, "before_block", layer, tokens, outside)
+        tokens, _ = hk.reduce(hooks, "before_block", layer, tokens, outside)
         inside = [outside]  # the signals of this block's attention, once it has run on all tokens
 
         def attend(part: Tokens) -> Array:
@@ -224,10 +224,10 @@ class Block(nnx.Module):
             return after.replace(x=tokens.x + y)
 
         tokens = branch("around_attention", tokens, self.norm1, attend, "ls1", 0)
-        tokens = hk.reduce(hooks, "after_attention", layer, tokens, inside[0])
+        tokens, signals = hk.reduce(hooks, "after_attention", layer, tokens, inside[0], then="after_block")
         entered = tokens
         tokens = branch("around_mlp", tokens, self.norm2, lambda part: self.mlp(part.x), "ls2", 1)
-        return hk.reduce(hooks, "after_block", layer, tokens, inside[0]), entered
+        return hk.reduce(hooks, "after_block", layer, tokens, signals)[0], entered
 
 
 class ViT(nnx.Module):
@@ -326,7 +326,7 @@ class ViT(nnx.Module):
     ) -> ViTOutput:
         """Runs blocks and head on embedded tokens; traces if `tokens.origin` is filled. `key`: stochastic depth."""
         context = context or Context(grid=self.cfg.grid)
-        tokens = hk.reduce(hooks, "input", 0, tokens, Signals(context=context))
+        tokens, _ = hk.reduce(hooks, "input", 0, tokens, Signals(context=context))
         readout = hk.at(hooks, "readout", 0)
         states, traces = [], []
         for first, last, block in self._runs(hooks, whole=not readout and tokens.origin is None):

@@ -40,8 +40,7 @@ def default_config() -> ml_collections.ConfigDict:
     config.batch_size = 64  # of training
     config.eval_batch_size = 128
     config.init = ""  # a checkpoint to start from: folder, file or hub id; empty: random weights
-    config.model = model = ml_collections.ConfigDict()  # a preset such as "s/16", and fields of ViTConfig to change
-    model.preset = "s/16"
+    config.model = model_config("s/16")
     config.reduce = reduce = ml_collections.ConfigDict()  # a reducer that is on in every mode; empty: none
     reduce.name = ""
     reduce.r = config_dict.placeholder(int)
@@ -70,6 +69,16 @@ def default_config() -> ml_collections.ConfigDict:
     config.viz = ml_collections.ConfigDict()
     config.viz.images = 4  # test images to draw
     config.viz.target = 0.6  # share of the MACs at which the methods are drawn
+    return config
+
+
+def model_config(name: str = "", **changes: Any) -> ml_collections.ConfigDict:
+    """A preset such as "s/16" ("": ViTConfig's defaults) and fields of ViTConfig to change; None changes nothing."""
+    config = ml_collections.ConfigDict({"preset": name})
+    for field in dataclasses.fields(ViTConfig):
+        if field.name != "image_size":  # the data's
+            config[field.name] = config_dict.placeholder(float if field.default is None else type(field.default))
+    config.update(changes)
     return config
 
 
