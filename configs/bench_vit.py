@@ -28,5 +28,5 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         {"name": "avgpool", "label": "average pooling", "settings": {"keep_rate": 0.7}},
     )
     config.bench.batch_sizes = (1, 8, 32)
-    config.bench.seconds = 1.0
+    config.bench.seconds = 0.5
     return config

@@ -355,17 +355,18 @@ class Classify:
             print("There is no trained model: the timings are of random weights.")
         with user_input():
             reduced = {m["label"]: api.reduce(base, m["name"], **dict(m["settings"])) for m in config.methods}
-        models, rows = {"unreduced": base, **reduced}, []
+        models, whole = {"unreduced": base, **reduced}, base.cost()
+        columns = [column for column in report.COLUMNS if column != "accuracy"]
         for batch in config.batch_sizes:
             images = jax.random.normal(jax.random.key(0), (batch, *base.config.image_size, base.config.channels))
             runs = {name: lambda each=each, images=images: each(images) for name, each in models.items()}
             with user_input():
                 times = timing.interleaved(runs, repeats=config.repeats, min_seconds=config.seconds)
+            rows = []
             for name, each in models.items():
                 memory = timing.peak_memory(each.compiled(images))
                 row = {
-                    **describe(each, base.cost(), name),
-                    "target": f"batch {batch}",
+                    **describe(each, whole, name),
                     "batch": batch,
                     "dtype": base.config.dtype,
                     "weights": weights,
@@ -376,8 +377,8 @@ class Classify:
                 }
                 rows.append(row)
                 report.append_jsonl(self.workdir / RESULTS, {"mode": "bench", **row, **timing.device_summary()})
-        columns = [c for c in report.COLUMNS if c != "accuracy"]
-        report.print_table(rows, columns, extra=["first_call_s", "peak_mb"])
+            print(f"batch {batch}, {base.config.dtype}")
+            report.print_table(rows, columns, extra=["first_call_s", "peak_mb"], group=())
 
     def viz(self) -> None:
         """Pictures of what merged with what, the Pareto plot, and `report.html` with all of it."""
@@ -404,9 +405,11 @@ class Classify:
             figures["training"] = ("Training", viz.curves_plot(curves))
         for name, (_, figure) in figures.items():
             viz.save_png(figure, folder / f"{name}.png")
-        timed = [row for row in _lines(self.workdir / RESULTS) if row.get("mode") == "bench"]
-        if timed:
-            sections.append(("Speed at fixed settings, on random input", timed))
+        benched = [row for row in _lines(self.workdir / RESULTS) if row.get("mode") == "bench"]
+        timed = {(row["batch"], row["method"]): row for row in benched}  # of each, the last run's
+        for size in dict.fromkeys(key[0] for key in timed):
+            heading = f"Speed at fixed settings, random input, batch {size}"
+            sections.append((heading, [row for key, row in timed.items() if key[0] == size]))
         report.write_html(
             self.workdir / "report.html",
             title=config.title,
