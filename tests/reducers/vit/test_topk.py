@@ -9,7 +9,6 @@ import pytest
 import rows_alone
 
 from tokjax.hooks import Hook, ModelInfo
-from tokjax.reducers.vit import topk
 from tokjax.reducers.vit.topk import TopK
 from tokjax.signals import Signals
 from tokjax.token_map import apply
@@ -84,8 +83,8 @@ def test_keeping_all_does_nothing():
 def test_counts_of_rows_come_from_the_same_rounding():
     valid = jnp.arange(17) < jnp.array([[17], [16], [11], [2], [1]])
     tokens = tokens_of(17, batch=5, valid=valid)
-    np.testing.assert_array_equal(topk.row_counts(tokens, TopK(0.7).count), [12, 11, 7, 1, 0])
-    np.testing.assert_array_equal(topk.row_counts(tokens, TopK(kept=9).count), [9, 9, 9, 1, 0])
+    np.testing.assert_array_equal(TopK(0.7).row_counts(tokens), [12, 11, 7, 1, 0])
+    np.testing.assert_array_equal(TopK(kept=9).row_counts(tokens), [9, 9, 9, 1, 0])
 
 
 @pytest.mark.parametrize(

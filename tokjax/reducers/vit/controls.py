@@ -14,38 +14,29 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokjax.hooks import Hook, ModelInfo
-from tokjax.reducers.vit import topk
+from tokjax.reducers.vit.staged import Staged, ranked, select
 from tokjax.signals import Signals
 from tokjax.token_map import HardMap, Plan, behind_prefix, rows
 from tokjax.tokens import Tokens
 
 
 @dataclasses.dataclass(frozen=True)
-class Random:
+class Random(Staged):
     """Keeps a random subset of the patch tokens, in place order; every row draws its own.
 
     Attributes:
-        keep_rate: share of the patch tokens that stay at each location, in (0, 1].
-        layers: blocks that prune; None: three evenly spread ones, 3, 6, 9 of 12.
-        kept: patch tokens that stay at each location, in place of keep_rate.
         seed: where the call has no key.
         layer: set by `hooks`, so that locations draw independently.
     """
 
-    keep_rate: float = 0.7
-    layers: tuple[int, ...] | None = None
-    kept: int | tuple[int, ...] | None = None
     seed: int = 0
     layer: int = 0
 
-    def __post_init__(self):
-        topk.check_rate(self.keep_rate, self.kept)
-
     def hooks(self, info: ModelInfo) -> list[Hook]:
-        return topk.located(self, info)
-
-    def count(self, patches: int) -> int:
-        return topk.count(self, patches)
+        return [
+            dataclasses.replace(hook, reducer=dataclasses.replace(hook.reducer, layer=hook.layer))
+            for hook in super().hooks(info)
+        ]
 
     def plan(self, tokens: Tokens, signals: Signals) -> Plan | None:
         n, p = tokens.length, tokens.prefix
@@ -56,36 +47,17 @@ class Random:
         draw = jax.vmap(lambda key: jax.random.uniform(key, (n,)))(keys)
         if tokens.valid is not None:  # draw number i is for valid token i, wherever the padding stands
             draw = rows(draw, jnp.cumsum(tokens.valid, -1) - 1)
-        order = topk.ranked(tokens, draw)
+        order = ranked(tokens, draw)
         if tokens.valid is None:
-            return Plan(topk.select(tokens, jnp.sort(order[:, :k], -1)), how="keep")
-        counts = topk.row_counts(tokens, self.count)
+            return Plan(select(tokens, jnp.sort(order[:, :k], -1)), how="keep")
+        counts = self.row_counts(tokens)
         first = jnp.where(jnp.arange(k) < counts[:, None], order[:, :k], n)
-        return Plan(topk.select(tokens, jnp.sort(first, -1)), how="keep")
+        return Plan(select(tokens, jnp.sort(first, -1)), how="keep")
 
 
 @dataclasses.dataclass(frozen=True)
-class Strided:
-    """Keeps evenly spaced patch tokens: of n, k stay, number i being token (2i+1)n // 2k.
-
-    Attributes:
-        keep_rate: share of the patch tokens that stay at each location, in (0, 1].
-        layers: blocks that prune; None: three evenly spread ones, 3, 6, 9 of 12.
-        kept: patch tokens that stay at each location, in place of keep_rate.
-    """
-
-    keep_rate: float = 0.7
-    layers: tuple[int, ...] | None = None
-    kept: int | tuple[int, ...] | None = None
-
-    def __post_init__(self):
-        topk.check_rate(self.keep_rate, self.kept)
-
-    def hooks(self, info: ModelInfo) -> list[Hook]:
-        return topk.located(self, info)
-
-    def count(self, patches: int) -> int:
-        return topk.count(self, patches)
+class Strided(Staged):
+    """Keeps evenly spaced patch tokens: of n, k stay, number i being token (2i+1)n // 2k."""
 
     def plan(self, tokens: Tokens, signals: Signals) -> Plan | None:
         n, p = tokens.length, tokens.prefix
@@ -94,46 +66,37 @@ class Strided:
             return None
         if tokens.valid is None:
             chosen = jnp.broadcast_to((2 * np.arange(k) + 1) * (n - p) // (2 * k) + p, (tokens.batch, k))
-            return Plan(topk.select(tokens, chosen), how="keep")
-        counts, order = topk.row_counts(tokens, self.count), topk.ranked(tokens, jnp.zeros((tokens.batch, n)))
+            return Plan(select(tokens, chosen), how="keep")
+        counts, order = self.row_counts(tokens), ranked(tokens, jnp.zeros((tokens.batch, n)))
         patches = (tokens.count() - p)[:, None]
         step = (2 * jnp.arange(k) + 1) * patches // jnp.maximum(2 * counts, 1)[:, None]
         chosen = jnp.take_along_axis(order, jnp.minimum(step, n - p - 1), 1)
-        return Plan(topk.select(tokens, chosen, counts), how="keep")
+        return Plan(select(tokens, chosen, counts), how="keep")
 
 
 @dataclasses.dataclass(frozen=True)
-class AvgPool:
+class AvgPool(Staged):
     """Averages runs of neighbouring patch tokens: of n, k means stay, token t going to number t k // n.
 
     With a `window`, cells of the patch grid instead, where the tokens still stand on it (smaller cells at the far
     edges).
 
     Attributes:
-        keep_rate: share of the patch tokens that stay at each location, in (0, 1].
-        layers: blocks that pool; None: three evenly spread ones, 3, 6, 9 of 12.
-        kept: patch tokens that stay at each location, in place of keep_rate.
         window: patches down and across; pools at the first location only.
         proportional: whether later attention counts a mean as many times as it has tokens; plain pooling does not.
     """
 
-    keep_rate: float = 0.7
-    layers: tuple[int, ...] | None = None
-    kept: int | tuple[int, ...] | None = None
     window: tuple[int, int] | None = None
     proportional: bool = False
 
     def __post_init__(self):
-        topk.check_rate(self.keep_rate, self.kept)
+        super().__post_init__()
         if self.window is not None and (len(self.window) != 2 or min(self.window) < 1):
             raise ValueError(f"window={self.window}: must be two numbers of at least 1")
 
     def hooks(self, info: ModelInfo) -> list[Hook]:
-        hooks = topk.located(self, info)
+        hooks = super().hooks(info)
         return hooks if self.window is None else hooks[:1]
-
-    def count(self, patches: int) -> int:
-        return topk.count(self, patches)
 
     def plan(self, tokens: Tokens, signals: Signals) -> Plan | None:
         n, p, tracked = tokens.length - tokens.prefix, tokens.prefix, self.proportional or tokens.size is not None
@@ -147,7 +110,7 @@ class AvgPool:
         if tokens.valid is None:
             pooled = _pool(jnp.broadcast_to(cell, (tokens.batch, n)), jnp.ones((tokens.batch, n), bool), k)
         else:
-            inside, counts = tokens.valid[:, p:], topk.row_counts(tokens, self.count)[:, None]
+            inside, counts = tokens.valid[:, p:], self.row_counts(tokens)[:, None]
             rank = jnp.cumsum(inside, -1) - 1
             pooled = _pool(rank * counts // jnp.maximum(inside.sum(1, keepdims=True), 1), inside, k)
         pooled = behind_prefix(pooled, p)

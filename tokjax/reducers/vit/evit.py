@@ -14,36 +14,18 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from tokjax.hooks import Hook, ModelInfo
-from tokjax.reducers.vit import topk
+from tokjax.reducers.vit.staged import Staged, ranked, select
 from tokjax.signals import Signals, cls_attention, column_mean
 from tokjax.token_map import HardMap, Plan
 from tokjax.tokens import Tokens
 
 
 @dataclasses.dataclass(frozen=True)
-class EViT:
-    """Pruning by CLS attention with a fused token, between attention and MLP.
+class EViT(Staged):
+    """Pruning by CLS attention with a fused token, between attention and MLP; settings as of `Staged`.
 
-    Attributes:
-        keep_rate: share of the tokens behind the prefix that stay at each location, in (0, 1]; the paper uses 0.9
-            to 0.5.
-        layers: blocks that prune; None: three evenly spread ones, 3, 6, 9 of 12.
-        kept: tokens that stay at each location, in place of keep_rate.
+    The paper keeps 0.9 to 0.5. The fused token of one location counts among the tokens of the next.
     """
-
-    keep_rate: float = 0.7
-    layers: tuple[int, ...] | None = None
-    kept: int | tuple[int, ...] | None = None
-
-    def __post_init__(self):
-        topk.check_rate(self.keep_rate, self.kept)
-
-    def hooks(self, info: ModelInfo) -> list[Hook]:
-        return topk.located(self, info)
-
-    def count(self, patches: int) -> int:
-        return topk.count(self, patches)
 
     def plan(self, tokens: Tokens, signals: Signals) -> Plan | None:
         n, p = tokens.length, tokens.prefix
@@ -51,10 +33,10 @@ class EViT:
         if k >= n - p:
             return None
         attention = cls_attention(signals) if p else column_mean(signals, tokens.valid)
-        counts = None if tokens.valid is None else topk.row_counts(tokens, self.count)
-        order = topk.ranked(tokens, attention, counts)
+        counts = None if tokens.valid is None else self.row_counts(tokens)
+        order = ranked(tokens, attention, counts)
         fused = jnp.full((tokens.batch, 1), n)  # a slot that only moved tokens fill
-        keep = topk.select(tokens, jnp.concatenate([order[:, :k], fused], 1), counts).keep
+        keep = select(tokens, jnp.concatenate([order[:, :k], fused], 1), counts).keep
         if counts is None:
             others = jnp.sort(order[:, k:], -1)
             into = jnp.full_like(others, p + k)

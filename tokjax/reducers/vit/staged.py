@@ -1,0 +1,86 @@
+"""What reducers with a keep rate share: how many tokens stay at which blocks, in padded rows too, and which ones.
+
+Counts are those of EViT's code (Liang et al. 2022): ceil(keep_rate * tokens left), in double precision.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+import numpy as np
+
+from tokjax import schedules
+from tokjax.hooks import Hook, ModelInfo
+from tokjax.token_map import HardMap
+from tokjax.tokens import Tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Staged:
+    """A reducer that keeps a share of the tokens behind the prefix at some blocks, between attention and MLP.
+
+    Attributes:
+        keep_rate: share that stays at each location, in (0, 1].
+        layers: blocks that reduce; None: three evenly spread ones, 3, 6, 9 of 12.
+        kept: tokens that stay at each location, in place of keep_rate.
+
+    Raises:
+        ValueError: a keep rate outside (0, 1], a count below 1, or counts that do not fit the locations.
+    """
+
+    keep_rate: float = 0.7
+    layers: tuple[int, ...] | None = None
+    kept: int | tuple[int, ...] | None = None
+
+    def __post_init__(self):
+        if not 0 < self.keep_rate <= 1:
+            raise ValueError(f"keep_rate={self.keep_rate}: must be in (0, 1]")
+        counts = self.kept if isinstance(self.kept, tuple) else () if self.kept is None else (self.kept,)
+        if any(k < 1 for k in counts):
+            raise ValueError(f"kept={self.kept}: must be at least 1")
+
+    def hooks(self, info: ModelInfo) -> list[Hook]:
+        """One hook a location, each with its own count."""
+        layers = schedules.at_layers(self.layers, info.depth)
+        kept = self.kept if isinstance(self.kept, tuple) else (self.kept,) * len(layers)
+        if len(kept) != len(layers):
+            raise ValueError(f"kept={kept}: must have one number for each of layers={layers}")
+        return [
+            Hook("after_attention", layer, dataclasses.replace(self, kept=k, layers=None))
+            for layer, k in zip(layers, kept, strict=True)
+        ]
+
+    def count(self, patches: int) -> int:
+        """Tokens that stay of `patches`."""
+        if self.kept is None:
+            return min(schedules.kept(self.keep_rate, patches), patches)
+        if not isinstance(self.kept, int):
+            raise ValueError(f"kept={self.kept}: a plan takes one number; `hooks` spreads a tuple over the locations")
+        return min(self.kept, patches)
+
+    def row_counts(self, tokens: Tokens) -> Int[Array, "B"]:
+        """`count` of every row's own valid tokens; from a table, since counts are rounded in double precision."""
+        table = np.array([self.count(patches) for patches in range(tokens.length - tokens.prefix + 1)], np.int32)
+        return jnp.asarray(table)[tokens.count() - tokens.prefix]
+
+
+def ranked(tokens: Tokens, score: Float[Array, "B N"], counts: Int[Array, "B"] | None = None) -> Int[Array, "B P"]:
+    """Tokens behind the prefix from best to worst, ties to the lower index, padding last.
+
+    Rows that keep all of their tokens, told by `counts`, keep them in place order, as unpadded rows do.
+    """
+    if counts is not None:
+        score = jnp.where((counts < tokens.count() - tokens.prefix)[:, None], score, 0)
+    if tokens.valid is not None:
+        score = jnp.where(tokens.valid, score, -jnp.inf)
+    return jnp.argsort(-score[:, tokens.prefix :], axis=-1, stable=True) + tokens.prefix
+
+
+def select(tokens: Tokens, chosen: Int[Array, "B K"], counts: Int[Array, "B"] | None = None) -> HardMap:
+    """Keeps the prefix and the chosen tokens, in this order; of each row only the first `counts`, the rest is empty."""
+    n, batch = tokens.length, tokens.batch
+    if counts is not None:
+        chosen = jnp.where(jnp.arange(chosen.shape[1]) < counts[:, None], chosen, n)
+    prefix = jnp.broadcast_to(jnp.arange(tokens.prefix), (batch, tokens.prefix))
+    nobody = jnp.zeros((batch, 0), jnp.int32)
+    return HardMap(jnp.concatenate([prefix, chosen], 1), nobody, nobody, n)
