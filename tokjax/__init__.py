@@ -4,15 +4,18 @@
     fast = tokjax.reduce(model, "tome", r=13)
     logits, trace = fast(images, trace=True)
 
-Underneath, `tokjax.reducers.tome(r=13).plan(Tokens(...), Signals(...))` and `apply(plan, tokens)` work on anybody's
-arrays.
+Importing it switches JAX's persistent compilation cache on, unless one is set or `TOKJAX_CACHE=0`. Underneath,
+`tokjax.reducers.tome(r=13).plan(Tokens(...), Signals(...))` and `apply(plan, tokens)` work on anybody's arrays.
 """
 
 from tokjax import reducers
 from tokjax.api import Model, Trace, build, load, reduce, save
+from tokjax.compilation import enable_cache
 from tokjax.signals import Context, Signals
 from tokjax.token_map import HardMap, Plan, SoftMap, apply, compose
 from tokjax.tokens import Tokens
+
+enable_cache()  # here, since JAX decides at its first compilation whether it keeps programs
 
 __all__ = [
     "Context",

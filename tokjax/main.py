@@ -10,7 +10,6 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from tokjax import tasks
-from tokjax.compilation import enable_cache
 from tokjax.errors import UserError
 
 FLAGS = flags.FLAGS
@@ -46,7 +45,6 @@ def main(argv: list[str]) -> None:
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise UserError(f"--workdir={workdir}: {there} is no folder that can be written to")
     command = shlex.join(["python", "-m", "tokjax.main", *sys.argv[1:]])
-    enable_cache()
     if not FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # checkpoints tell much that is of no use here
     tasks.make(CONFIG.value, workdir, command).run(MODE.value or CONFIG.value.get("mode", "all"))

@@ -18,9 +18,7 @@ from tokjax.models.vit import Block, ViTConfig, preset
 
 FIRST_CALL = """
 import time, jax, tokjax
-from tokjax.compilation import enable_cache
 from tokjax.models.vit import preset
-enable_cache()
 model = tokjax.reduce(tokjax.build(preset("s/16")), "tome", r=13)
 images = jax.block_until_ready(jax.numpy.zeros((8, 224, 224, 3)))
 start = time.perf_counter()
