@@ -14,7 +14,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config = default_config()
     config.title = "Digits: token reduction at equal cost"
     config.batch_size = 64
-    config.eval_batch_size = 120  # 360 test images
+    config.eval_batch_size = 120  # 359 test images in three
     config.model = model_config(patch_size=4, width=64, depth=4, heads=4)
 
     config.data.image_size = (32, 32)  # 64 patches and CLS
