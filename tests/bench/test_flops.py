@@ -5,6 +5,7 @@ import time
 
 import jax
 from jax import lax
+from jax.experimental import pallas
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -434,8 +435,6 @@ def test_shard_map_counts_all_shards():
 
 
 def test_pallas_kernel_counts_its_grid():
-    pallas = pytest.importorskip("jax.experimental.pallas")
-
     def kernel(x, y, out):
         out[...] = x[...] @ y[...]
 

@@ -54,7 +54,6 @@ def test_no_file_has_no_lines(tmp_path):
 
 
 def test_tensorboard(tmp_path):
-    pytest.importorskip("tensorboardX")
     write(tmp_path, [1, 2], tensorboard=True)
     assert list((tmp_path / "tensorboard").glob("events.*"))
 
