@@ -19,7 +19,8 @@ from tokjax.bench import flops
 from tokjax.errors import UserError
 from tokjax.hooks import Hook, ModelInfo, Reducer, check
 from tokjax.models import layers
-from tokjax.models.vit import LayerTrace, ViT, ViTConfig, ViTOutput
+from tokjax.models.transformer import LayerTrace, Output
+from tokjax.models.vit import ViT, ViTConfig
 from tokjax.pretrained.files import Tensors
 from tokjax.pretrained.preprocess import Preprocess
 from tokjax.pretrained.vit import load_checkpoint, save_checkpoint
@@ -123,7 +124,7 @@ class Model:
         key: Array | None = None,
         train: bool = False,
         trace: bool = False,
-    ) -> ViTOutput:
+    ) -> Output:
         """The whole output as a pure function of the parameters, to be jitted, differentiated or vmapped."""
         parts: Any = nnx.merge(self._graph, params)
         with token_map.apply_form(self.form):

@@ -14,7 +14,8 @@ import jax
 
 import tokjax
 from tokjax.bench import timing
-from tokjax.models.vit import Block, ViTConfig, preset
+from tokjax.models.transformer import Block
+from tokjax.models.vit import ViTConfig, preset
 
 FIRST_CALL = """
 import time, jax, tokjax

@@ -10,7 +10,8 @@ import numpy as np
 
 from tokjax import schedules, signals
 from tokjax.hooks import Hook
-from tokjax.models.vit import Block, ViTConfig
+from tokjax.models.transformer import Block
+from tokjax.models.vit import ViTConfig
 from tokjax.reducers.vit.evit import EViT
 from tokjax.reducers.vit.topk import TopK
 from tokjax.token_map import Plan, identity

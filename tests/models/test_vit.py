@@ -91,7 +91,7 @@ def test_presets():
     assert (cfg.width, cfg.depth, cfg.heads, cfg.patch_size, cfg.num_classes) == (1280, 32, 16, 14, 10)
     assert all(preset(f"{name}/16").width == sizes["width"] for name, sizes in PRESETS.items())
     for wrong in ("x/16", "s", "s/16.5", "s/"):
-        with pytest.raises(ValueError, match="must be SIZE/PATCH with a size of ti, s, b, l, h"):
+        with pytest.raises(ValueError, match="must be SIZE/PATCH with a size of ti, s, b, l, so400m, h, g"):
             preset(wrong)
 
 

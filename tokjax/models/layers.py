@@ -6,7 +6,7 @@ from typing import Any, Literal
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from tokjax.signals import Signals, attention_rows
 from tokjax.tokens import MASKED, Tokens
@@ -15,6 +15,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "exact": lambda x: jax.nn.gelu(x, approximate=False),
     "tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "quick": lambda x: x * jax.nn.sigmoid(1.702 * x),  # OpenAI CLIP
+    "swiglu": lambda x: jax.nn.silu(x[..., : x.shape[-1] // 2]) * x[..., x.shape[-1] // 2 :],  # Shazeer 2020
 }
 
 
@@ -95,13 +96,68 @@ class LayerScale(nnx.Module):
 
 
 class Mlp(nnx.Module):
+    """Two linear layers; with "swiglu" the first is twice as wide, its gate in front of its values."""
+
     def __init__(self, width: int, hidden: int, activation: str, *, dtype: str, rngs: nnx.Rngs):
         self.activation = activation
-        self.fc1 = linear(width, hidden, bias=True, dtype=dtype, rngs=rngs)
+        self.fc1 = linear(width, hidden * (1 + (activation == "swiglu")), bias=True, dtype=dtype, rngs=rngs)
         self.fc2 = linear(hidden, width, bias=True, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B N C"]) -> Float[Array, "B N C"]:
         return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
+
+
+class AttentionPool(nnx.Module):
+    """SigLIP's head: a learned query attends to all tokens, then an MLP (Zhai et al. 2023; big_vision `MAPHead`).
+
+    Keys count as in the blocks' attention: merged tokens by their size, padding not at all.
+    """
+
+    def __init__(self, cfg: Any, *, rngs: nnx.Rngs):
+        c, self.heads = cfg.width, cfg.heads
+        self.probe = nnx.Param(nnx.initializers.xavier_uniform()(rngs.params(), (1, 1, c)))
+        self.qkv = linear(c, 3 * c, bias=True, dtype=cfg.dtype, rngs=rngs)
+        self.proj = linear(c, c, bias=True, dtype=cfg.dtype, rngs=rngs)
+        self.norm = layer_norm(c, cfg.norm_eps, rngs)
+        self.mlp = Mlp(c, int(c * cfg.mlp_ratio), cfg.gelu, dtype=cfg.dtype, rngs=rngs)
+
+    def __call__(self, tokens: Tokens) -> Float[Array, "B C"]:
+        x, c = tokens.x, tokens.x.shape[-1]
+        params = nnx.to_pure_dict(nnx.state(self.qkv))
+        kernel, bias = params["kernel"].astype(x.dtype), params["bias"].astype(x.dtype)
+        query = jnp.broadcast_to(self.probe[...].astype(x.dtype) @ kernel[:, :c] + bias[:c], (len(x), 1, c))
+        key, value = jnp.split(x @ kernel[:, c:] + bias[c:], 2, -1)
+        query, key, value = (y.reshape(*y.shape[:2], self.heads, c // self.heads) for y in (query, key, value))
+        on_keys = tokens.attention_bias()
+        on_keys = None if on_keys is None else on_keys[:, None, None]
+        out = jax.nn.dot_product_attention(query, key, value, bias=on_keys)
+        pooled = self.proj(out.reshape(len(x), 1, c))
+        return (pooled + self.mlp(self.norm(pooled).astype(x.dtype)))[:, 0]
+
+
+def rope_2d(
+    vectors: tuple[Float[Array, "B N H D"], ...],
+    position: Int[Array, "B N 2"],
+    grid: tuple[int, int],
+    base: float,
+) -> tuple[Float[Array, "B N H D"], ...]:
+    """Rotates queries and keys by the centre of their patch (DINOv3, Simeoni et al. 2025; transformers `dinov3_vit`).
+
+    Coordinates run from -1 to 1 over the grid, so that any image size has the same range; the first D/4 angles belong
+    to the row, the next to the column, and the halves of a head form the pairs. A position of -1 is not rotated.
+    """
+    quarter = vectors[0].shape[-1] // 4
+    frequency = 2 * jnp.pi * base ** -(jnp.arange(quarter, dtype=jnp.float32) / quarter)
+    centre = 2 * (position.astype(jnp.float32) + 0.5) / jnp.asarray(grid, jnp.float32) - 1
+    angle = jnp.where(position < 0, 0.0, centre)[..., None] * frequency  # [B, N, 2, D/4]
+    angle = jnp.tile(angle.reshape(*position.shape[:2], -1), 2)[:, :, None]
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+
+    def rotate(x: Array) -> Array:
+        first, second = jnp.split(x.astype(jnp.float32), 2, -1)
+        return (x * cos + jnp.concatenate([-second, first], -1) * sin).astype(x.dtype)
+
+    return tuple(rotate(x) for x in vectors)
 
 
 def drop_path(x: Float[Array, "B N C"], rate: float | Array, key: Array | None) -> Float[Array, "B N C"]:

@@ -1,8 +1,8 @@
 """A vision transformer that hands its tokens to hooks, and knows no method.
 
 Architecture: Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021, with the options of its descendants
-(DeiT's distillation token, registers, LayerScale, q/k norm, MAE's mean pooling), named as in timm's
-`vision_transformer.py`.
+(DeiT's distillation token, registers, LayerScale, q/k norm, MAE's mean pooling, CLIP's early norm, SigLIP's attention
+pooling, DINOv3's rotary positions, SigLIP2's images of any aspect), named as in timm's `vision_transformer.py`.
 """
 
 from collections.abc import Sequence
@@ -13,18 +13,39 @@ from typing import Any, Literal, get_args
 from flax import nnx, struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 import numpy as np
 
 from tokjax import hooks as hk
 from tokjax.models import layers
-from tokjax.signals import AttentionRule, Context, Signals
+from tokjax.models.transformer import SITES, Blocks, Gelu, MlpKind, Output, check_blocks
+from tokjax.signals import Context
 from tokjax.tokens import Tokens
 
-Pooling = Literal["cls", "mean", "size_mean"]
-Gelu = Literal["exact", "tanh", "quick"]
-Position = Literal["learned", "sincos"]
-SITES = frozenset(get_args(hk.Where)) - {"before_llm", "after_prefill", "decode_step"}
+Pooling = Literal["cls", "mean", "size_mean", "map"]
+Position = Literal["learned", "sincos", "rope", "naflex"]
+
+
+class Patches(struct.PyTreeNode):
+    """Images of any size and aspect, cut and padded to one number of patches: the input of SigLIP2's NaFlex models.
+
+    Raises:
+        ValueError: `check` does, at shapes that do not belong together.
+    """
+
+    patches: Float[Array, "B N P"]  # patch * patch * channels values each, in (row, column, channel) order
+    valid: Bool[Array, "B N"]  # the first shape[0] * shape[1] of every row
+    shape: Int[Array, "B 2"]  # patches down and across
+
+    def check(self, width: int) -> None:
+        """`width`: values of a patch."""
+        b, n = self.patches.shape[:2]
+        if self.patches.ndim != 3 or self.patches.shape[2] != width:
+            raise ValueError(f"patches has shape {self.patches.shape}: must be (batch, patches, {width})")
+        if self.valid.shape != (b, n) or self.shape.shape != (b, 2):
+            raise ValueError(
+                f"valid has shape {self.valid.shape}, shape has {self.shape.shape}: must be {(b, n)} and {(b, 2)}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +63,9 @@ class ViTConfig:
     depth: int = 12
     heads: int = 6
     mlp_ratio: float = 4.0  # hidden width int(width * mlp_ratio)
+    mlp: MlpKind = "plain"  # "swiglu": silu of one half of fc1 times the other (DINOv2 giant, DINOv3 S+, H+, 7B)
     num_classes: int = 1000  # 0: no head, the pooled features come out
+    head_bias: bool = True  # CLIP's projection has none
     class_token: bool = True
     distilled: bool = False  # DeiT's distillation token and second head; evaluation takes the mean of both heads
     registers: int = 0
@@ -52,8 +75,10 @@ class ViTConfig:
     layer_scale: float | None = None  # initial value; None: no LayerScale
     qk_norm: bool = False
     qkv_bias: bool = True
+    key_bias: bool = True  # False: queries and values alone have a bias (DINOv3)
     patch_bias: bool = True
-    position: Position = "learned"
+    position: Position = "learned"  # rope: 2-D rotary, no table; naflex: a square table, resized for every image
+    rope_base: float = 100.0  # of position="rope"
     position_prefix: bool = True  # the position table has rows for CLS and DIST (registers never have one)
     pre_norm: bool = False  # CLIP's norm before the blocks
     fc_norm: bool = False  # a norm after pooling instead of before it
@@ -64,28 +89,34 @@ class ViTConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "image_size", tuple(self.image_size))
-        for name in ("patch_size", "channels", "width", "depth", "heads"):
+        for name in ("patch_size", "channels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
         if len(self.image_size) != 2 or any(s < 1 or s % self.patch_size for s in self.image_size):
             raise ValueError(
                 f"image_size={self.image_size}: must be (height, width), multiples of patch_size={self.patch_size}"
             )
-        if self.width % self.heads:
-            raise ValueError(f"heads={self.heads}: must divide width={self.width}")
+        check_blocks(self)
         if self.position == "sincos" and self.width % 4:
             raise ValueError(f"width={self.width}: must be a multiple of 4 for position='sincos'")
-        for name, kind in (("pooling", Pooling), ("gelu", Gelu), ("position", Position)):
+        if self.position == "rope" and self.width // self.heads % 4:
+            raise ValueError(f"heads={self.heads}: must leave a multiple of 4 channels each for position='rope'")
+        if self.position == "naflex" and (self.prefix or self.grid[0] != self.grid[1]):
+            raise ValueError("position='naflex': needs a square image_size and no class_token, distilled or registers")
+        for name, kind in (("pooling", Pooling), ("position", Position)):
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(get_args(kind))}")
         if self.pooling == "cls" and not self.class_token:
             raise ValueError("pooling='cls': needs class_token=True")
         if self.distilled and not self.class_token:
             raise ValueError("distilled=True: needs class_token=True")
-        if self.dtype not in ("float32", "bfloat16", "float16"):
-            raise ValueError(f"dtype={self.dtype!r}: must be one of float32, bfloat16, float16")
-        if not 0 <= self.drop_path < 1:
-            raise ValueError(f"drop_path={self.drop_path}: must be in [0, 1)")
+
+    causal = False  # of the blocks' attention
+
+    @property
+    def rope(self) -> float | None:
+        """Base of the rotary frequencies, None without them."""
+        return self.rope_base if self.position == "rope" else None
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -113,10 +144,34 @@ class ViTConfig:
             self.heads,
             self.prefix + self.num_patches,
             self.prefix,
-            self.grid,
+            None if self.position == "naflex" else self.grid,
             self.pooling,
             SITES,
         )
+
+    def example(self, batch: int) -> Any:
+        """Shapes and types of the input, for tracing."""
+        if self.position != "naflex":
+            return jax.ShapeDtypeStruct((batch, *self.image_size, self.channels), jnp.float32)
+        n, width = self.num_patches, self.patch_size**2 * self.channels
+        shapes: Any = ((batch, n, width), jnp.float32), ((batch, n), jnp.bool_), ((batch, 2), jnp.int32)
+        return Patches(*(jax.ShapeDtypeStruct(*shape) for shape in shapes))  # type: ignore[arg-type]
+
+    def check(self, images: Any) -> None:
+        """Refuses inputs of another shape; nothing is computed.
+
+        Raises:
+            ValueError: names the shape and the one that is allowed.
+        """
+        if self.position == "naflex":
+            if not isinstance(images, Patches):
+                raise ValueError(f"images is {type(images).__name__}: a naflex model takes Patches, see its preprocess")
+            return images.check(self.patch_size**2 * self.channels)
+        expected = (*self.image_size, self.channels)
+        shape = getattr(images, "shape", None)
+        if not isinstance(shape, tuple) or len(shape) != 4 or shape[1:] != expected:
+            raise ValueError(f"images has shape {shape}: must be (batch, {', '.join(map(str, expected))})")
+        return None
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -124,7 +179,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "s": {"width": 384, "depth": 12, "heads": 6},
     "b": {"width": 768, "depth": 12, "heads": 12},
     "l": {"width": 1024, "depth": 24, "heads": 16},
+    "so400m": {"width": 1152, "depth": 27, "heads": 16, "mlp_ratio": 4304 / 1152},
     "h": {"width": 1280, "depth": 32, "heads": 16},
+    "g": {"width": 1536, "depth": 40, "heads": 24, "mlp_ratio": 4096 / 1536, "mlp": "swiglu"},
 }
 
 
@@ -140,97 +197,7 @@ def preset(name: str, **changes: Any) -> ViTConfig:
     return ViTConfig(**{**PRESETS[size], "patch_size": int(patch), **changes})
 
 
-class LayerTrace(struct.PyTreeNode):
-    """What one block did to the tokens."""
-
-    origin: Int[Array, "B N0"]  # slot of every input token after the block, N if dropped
-    size: Float[Array, "B N"] | None
-    tokens: Int[Array, "B"]  # valid tokens that entered the MLP
-    length: int = struct.field(pytree_node=False)  # their number with empty slots: what is paid for
-    slots: int = struct.field(pytree_node=False)  # after the block; an origin of this many was dropped
-
-
-class ViTOutput(struct.PyTreeNode):
-    """`logits` is the pooled features where the model has no head."""
-
-    logits: Float[Array, "B K"]
-    head_logits: tuple[Float[Array, "B K"], ...]  # of each head: CLS, and DIST in distilled models
-    pooled: Float[Array, "B C"]
-    features: Float[Array, "B N C"]  # tokens after the final norm
-    tokens: Tokens  # after the last block
-    trace: tuple[LayerTrace, ...] | None
-
-
-class Attention(nnx.Module):
-    def __init__(self, cfg: ViTConfig, *, rngs: nnx.Rngs):
-        c, d = cfg.width, cfg.width // cfg.heads
-        self.heads, self.implementation = cfg.heads, cfg.attention
-        self.qkv = layers.linear(c, 3 * c, bias=cfg.qkv_bias, dtype=cfg.dtype, rngs=rngs)
-        self.proj = layers.linear(c, c, bias=True, dtype=cfg.dtype, rngs=rngs)
-        if cfg.qk_norm:
-            self.q_norm, self.k_norm = (layers.layer_norm(d, cfg.norm_eps, rngs) for _ in range(2))
-        self.qk_norm = cfg.qk_norm
-
-    def signals(self, x: Float[Array, "B N C"], tokens: Tokens, context: Context) -> Signals:
-        b, n, c = x.shape
-        d = c // self.heads
-        q, k, v = jnp.moveaxis(self.qkv(x).reshape(b, n, 3, self.heads, d), 2, 0)
-        if self.qk_norm:
-            q, k = self.q_norm(q).astype(v.dtype), self.k_norm(k).astype(v.dtype)
-        bias = tokens.attention_bias()
-        bias = None if bias is None else bias[:, None, None]
-        return Signals(q, k, v, bias, context=context, rule=AttentionRule(scale=d**-0.5))
-
-    def __call__(self, signals: Signals) -> Float[Array, "B N C"]:
-        out = layers.attention(signals, self.implementation)
-        return self.proj(out.reshape(*out.shape[:2], -1))
-
-
-class Block(nnx.Module):
-    def __init__(self, cfg: ViTConfig, *, rngs: nnx.Rngs):
-        c, eps = cfg.width, cfg.norm_eps
-        self.norm1, self.norm2 = layers.layer_norm(c, eps, rngs), layers.layer_norm(c, eps, rngs)
-        self.attn = Attention(cfg, rngs=rngs)
-        self.mlp = layers.Mlp(c, int(c * cfg.mlp_ratio), cfg.gelu, dtype=cfg.dtype, rngs=rngs)
-        self.scaled = cfg.layer_scale is not None
-        if cfg.layer_scale is not None:
-            self.ls1, self.ls2 = layers.LayerScale(c, cfg.layer_scale), layers.LayerScale(c, cfg.layer_scale)
-
-    def __call__(
-        self,
-        tokens: Tokens,
-        hooks: Sequence[hk.Hook] = (),
-        layer: int = 0,
-        context: Context | None = None,
-        drop: tuple[float | Array, Array] | None = None,
-    ) -> tuple[Tokens, Tokens]:
-        """Attention and MLP with their hooks; also the tokens as they entered the MLP. `drop`: rate, key."""
-        outside = Signals(context=context or Context())
-        tokens, _ = hk.reduce(hooks, "before_block", layer, tokens, outside)
-        inside = [outside]  # the signals of this block's attention, once it has run on all tokens
-
-        def attend(part: Tokens) -> Array:
-            signals = self.attn.signals(part.x, part, outside.context)
-            signals = hk.attend(hooks, layer, part, signals)
-            if part.length == tokens.length:
-                inside[0] = signals
-            return self.attn(signals)
-
-        def branch(where: hk.Where, tokens: Tokens, norm, run, scale: str, salt: int) -> Tokens:
-            y, after = hk.around(hooks, where, layer, tokens.replace(x=norm(tokens.x)), outside, run)
-            y = getattr(self, scale)(y) if self.scaled else y
-            if drop is not None:
-                y = layers.drop_path(y, drop[0], jax.random.fold_in(drop[1], salt))
-            return after.replace(x=tokens.x + y)
-
-        tokens = branch("around_attention", tokens, self.norm1, attend, "ls1", 0)
-        tokens, signals = hk.reduce(hooks, "after_attention", layer, tokens, inside[0], then="after_block")
-        entered = tokens
-        tokens = branch("around_mlp", tokens, self.norm2, lambda part: self.mlp(part.x), "ls2", 1)
-        return hk.reduce(hooks, "after_block", layer, tokens, signals)[0], entered
-
-
-class ViT(nnx.Module):
+class ViT(Blocks):
     def __init__(self, cfg: ViTConfig, *, rngs: nnx.Rngs):
         c, normal = cfg.width, nnx.initializers.truncated_normal(0.02)
         self.cfg = cfg
@@ -247,58 +214,72 @@ class ViT(nnx.Module):
         if cfg.position == "sincos":
             table = np.pad(sincos(cfg.grid, c), ((cfg.table_prefix, 0), (0, 0)))[None]
             self.pos_embed = nnx.Param(jnp.asarray(table))
-        else:
+        elif cfg.position != "rope":
             self.pos_embed = nnx.Param(normal(rngs.params(), (1, rows, c)))
         if cfg.pre_norm:
             self.norm_pre = layers.layer_norm(c, cfg.norm_eps, rngs)
-        blocks = [Block(cfg, rngs=rngs) for _ in range(cfg.depth)]
-        self.blocks: Any = _stacked(blocks) if cfg.scan else nnx.List(blocks)
+        self._make_blocks(cfg, rngs)
         if cfg.fc_norm:
             self.fc_norm = layers.layer_norm(c, cfg.norm_eps, rngs)
         else:
             self.norm = layers.layer_norm(c, cfg.norm_eps, rngs)
+        if cfg.pooling == "map":
+            self.attn_pool = layers.AttentionPool(cfg, rngs=rngs)
         if cfg.num_classes:
-            zeros = nnx.initializers.zeros
-            self.head = layers.linear(c, cfg.num_classes, bias=True, dtype=cfg.dtype, rngs=rngs, init=zeros)
+
+            def head():
+                zeros = nnx.initializers.zeros
+                return layers.linear(c, cfg.num_classes, bias=cfg.head_bias, dtype=cfg.dtype, rngs=rngs, init=zeros)
+
+            self.head = head()
             if cfg.distilled:
-                self.head_dist = layers.linear(c, cfg.num_classes, bias=True, dtype=cfg.dtype, rngs=rngs, init=zeros)
+                self.head_dist = head()
 
     def __call__(
         self,
-        images: Float[Array, "B height width channels"],
+        images: Float[Array, "B height width channels"] | Patches,
         hooks: Sequence[hk.Hook] = (),
         *,
         key: Array | None = None,
         train: bool = False,
         trace: bool = False,
-    ) -> ViTOutput:
-        """Classifies normalised images.
+        states: bool = False,
+    ) -> Output:
+        """Encodes and classifies normalised images.
 
         Args:
-            images: any float dtype, already normalised.
+            images: any float dtype, already normalised; `Patches` for a naflex model.
             hooks: where reducers come in.
             key: PRNG key, for stochastic depth and for reducers that draw.
             train: whether stochastic depth is on.
             trace: whether to follow every input token through all blocks.
+            states: whether to give the tokens after every block.
 
         Raises:
             ValueError: images of another size, or hooks that this model would never call.
         """
-        expected = (*self.cfg.image_size, self.cfg.channels)
-        if images.ndim != 4 or images.shape[1:] != expected:
-            raise ValueError(f"images has shape {images.shape}: must be (batch, {', '.join(map(str, expected))})")
+        self.cfg.check(images)
         hk.check(hooks, self.cfg.info)
         tokens = self.embed(images)
-        context = Context(grid=self.cfg.grid, key=key)
-        return self.encode(tokens.traced() if trace else tokens, hooks, context, key=key if train else None)
+        context = Context(grid=self.cfg.info.grid, key=key)
+        tokens = tokens.traced() if trace else tokens
+        return self.encode(tokens, hooks, context, key=key if train else None, states=states)
 
-    def embed(self, images: Float[Array, "B height width channels"]) -> Tokens:
-        """Patches, with prefix tokens and positions, as tokens."""
+    def embed(self, images: Float[Array, "B height width channels"] | Patches) -> Tokens:
+        """Patches, with prefix tokens and positions, as tokens.
+
+        With rotary positions, `position [B,N,2]` holds the row and column of every patch and -1 for prefix tokens,
+        which are not rotated. A merged token is rotated as its anchor; one that is made of many without an anchor (a
+        fused token) has -1, as CLS.
+        """
         cfg = self.cfg
+        if isinstance(images, Patches):
+            x = self.patch_embed(images.patches.astype(cfg.dtype))
+            table = self.pos_embed[...].reshape(*cfg.grid, cfg.width)
+            return Tokens(x + flexible_positions(table, images).astype(x.dtype), valid=images.valid)
         (h, w), p, b = cfg.grid, cfg.patch_size, images.shape[0]
         patches = images.reshape(b, h, p, w, p, cfg.channels).transpose(0, 1, 3, 2, 4, 5)
         x = self.patch_embed(patches.reshape(b, h * w, -1).astype(cfg.dtype))
-        table = self.pos_embed[...].astype(x.dtype)
         first = [getattr(self, name)[...] for name in ("cls_token", "dist_token") if hasattr(self, name)]
         behind = [self.reg_token[...]] if cfg.registers else []
 
@@ -306,15 +287,23 @@ class ViT(nnx.Module):
             parts = [jnp.broadcast_to(part.astype(x.dtype), (b, *part.shape[1:])) for part in parts]
             return jnp.concatenate([*parts, x], 1)
 
-        if cfg.position_prefix:
-            x = put_before(first, x) + table
+        if cfg.position == "rope":
+            x = put_before([*first, *behind], x)
+        elif cfg.position_prefix:
+            x = put_before(first, x) + self.pos_embed[...].astype(x.dtype)
             n = len(first)
             x = jnp.concatenate([x[:, :n], put_before(behind, x[:, n:])], 1) if behind else x
         else:
-            x = put_before([*first, *behind], x + table)
+            x = put_before([*first, *behind], x + self.pos_embed[...].astype(x.dtype))
         if cfg.pre_norm:
             x = self.norm_pre(x).astype(x.dtype)
-        return Tokens(x, prefix=cfg.prefix)
+        return Tokens(x, position=self._positions(b) if cfg.position == "rope" else None, prefix=cfg.prefix)
+
+    def _positions(self, batch: int) -> Int[Array, "B N 2"]:
+        cfg = self.cfg
+        patches = np.stack(np.divmod(np.arange(cfg.num_patches), cfg.grid[1]), -1)
+        every = np.concatenate([np.full((cfg.prefix, 2), -1), patches]).astype(np.int32)
+        return jnp.broadcast_to(every, (batch, *every.shape))
 
     def encode(
         self,
@@ -323,68 +312,16 @@ class ViT(nnx.Module):
         context: Context | None = None,
         *,
         key: Array | None = None,
-    ) -> ViTOutput:
+        states: bool = False,
+    ) -> Output:
         """Runs blocks and head on embedded tokens; traces if `tokens.origin` is filled. `key`: stochastic depth."""
-        context = context or Context(grid=self.cfg.grid)
-        tokens, _ = hk.reduce(hooks, "input", 0, tokens, Signals(context=context))
-        readout = hk.at(hooks, "readout", 0)
-        states, traces = [], []
-        for first, last, block in self._runs(hooks, whole=not readout and tokens.origin is None):
-            if block is None:
-                tokens = self._scan(tokens, first, last, context, key)
-                continue
-            tokens, entered = block(tokens, hooks, first, context, self._drop(first, key))
-            if readout:
-                states.append(tokens)
-            if tokens.origin is not None:
-                traces.append(LayerTrace(tokens.origin, tokens.size, entered.count(), entered.length, tokens.length))
-        pooled = readout[0](tuple(states)) if readout else None
-        return self._head(tokens, pooled, tuple(traces) if tokens.origin is not None else None)
-
-    def _drop(self, layer, key):
-        if key is None or not self.cfg.drop_path:
-            return None
-        rate = self.cfg.drop_path * layer / max(self.cfg.depth - 1, 1)
-        return rate, jax.random.fold_in(key, layer)
-
-    def _runs(self, hooks: Sequence[hk.Hook], whole: bool):
-        """(first, last, block) in order; a run of at least four hook-free stacked blocks has None for the block."""
-        hooked = {hook.layer for hook in hooks if hook.where not in ("input", "readout")}
-        first, depth = 0, self.cfg.depth
-        while first < depth:
-            last = first + 1
-            if self.cfg.scan and whole and first not in hooked:
-                while last < depth and last not in hooked:
-                    last += 1
-            if last - first >= 4:
-                yield first, last, None
-            else:
-                for layer in range(first, last):
-                    yield layer, layer + 1, self._block(layer)
-            first = last
-
-    def _block(self, layer: int) -> Block:
-        if not self.cfg.scan:
-            return self.blocks[layer]
-        graphdef, state = nnx.split(self.blocks)
-        return nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[layer], state))
-
-    def _scan(self, tokens: Tokens, first: int, last: int, context: Context, key) -> Tokens:
-        graphdef, state = nnx.split(self.blocks)
-        params = jax.tree.map(lambda leaf: leaf[first:last], state)
-
-        def body(tokens, step):
-            layer, params = step
-            tokens, _ = nnx.merge(graphdef, params)(tokens, context=context, drop=self._drop(layer, key))
-            return tokens, None
-
-        return jax.lax.scan(body, tokens, (jnp.arange(first, last), params))[0]
-
-    def _head(self, tokens: Tokens, pooled: Array | None, trace) -> ViTOutput:
-        cfg = self.cfg
+        cfg, context = self.cfg, context or Context(grid=self.cfg.info.grid)
+        ran = self._run(cfg, tokens, hooks, context, key, states)
+        tokens, pooled = ran.tokens, ran.pooled
         features = tokens.x if cfg.fc_norm else self.norm(tokens.x).astype(tokens.x.dtype)
         if pooled is None:
-            pooled = layers.pool(tokens.replace(x=features), cfg.pooling)
+            last = tokens.replace(x=features)
+            pooled = self.attn_pool(last) if cfg.pooling == "map" else layers.pool(last, cfg.pooling)
         if cfg.fc_norm:
             pooled = self.fc_norm(pooled).astype(tokens.x.dtype)
         heads: tuple[Array, ...] = ()
@@ -393,7 +330,30 @@ class ViT(nnx.Module):
         if cfg.num_classes and cfg.distilled:
             heads += (self.head_dist(features[:, 1]).astype(jnp.float32),)
         logits = sum(heads[1:], heads[0]) / len(heads) if heads else pooled
-        return ViTOutput(logits, heads, pooled, features, tokens, trace)
+        return Output(logits, heads, pooled, features, tokens, ran.trace, ran.states)
+
+
+def flexible_positions(table: Float[Array, "h w C"], images: Patches) -> Float[Array, "B N C"]:
+    """The position table resized to the grid of every image: bilinear, anti-aliased (transformers `siglip2`).
+
+    As a product of the weights of rows and of columns, so that grids of any aspect run in one program. Padding gets
+    the vector of the first patch.
+    """
+    n = images.patches.shape[1]
+    index, valid = jnp.arange(n), images.valid
+    down, across = jnp.maximum(images.shape, 1).astype(jnp.int32).T
+    row, column = index // across[:, None], index % across[:, None]
+
+    def weights(old: int, new: Int[Array, "B"], place: Int[Array, "B N"]) -> Float[Array, "B N old"]:
+        scale = old / new[:, None].astype(jnp.float32)
+        centre = (jnp.where(valid, place, 0) + 0.5) * scale - 0.5
+        wide = jnp.maximum(scale, 1.0)[..., None]
+        weight = jnp.maximum(1 - jnp.abs(jnp.arange(old) - centre[..., None]) / wide, 0)
+        return weight / weight.sum(-1, keepdims=True)
+
+    rows, columns = weights(table.shape[0], down, row), weights(table.shape[1], across, column)
+    pairs = (rows[..., :, None] * columns[..., None, :]).reshape(*rows.shape[:2], -1)
+    return jnp.einsum("bnk,kc->bnc", pairs, table.astype(jnp.float32).reshape(-1, table.shape[-1]), precision="highest")
 
 
 def sincos(grid: tuple[int, int], width: int) -> Float[np.ndarray, "P C"]:
@@ -406,10 +366,3 @@ def sincos(grid: tuple[int, int], width: int) -> Float[np.ndarray, "P C"]:
         return np.concatenate([np.sin(angle), np.cos(angle)], 1)
 
     return np.concatenate([half(columns), half(rows)], 1).astype(np.float32)
-
-
-def _stacked(blocks: list[Block]) -> Block:
-    """Equal blocks as one, whose parameters have a leading L axis."""
-    graphdef, _ = nnx.split(blocks[0])
-    states = [nnx.split(block)[1] for block in blocks]
-    return nnx.merge(graphdef, jax.tree.map(lambda *leaves: jnp.stack(leaves), *states))

@@ -1,0 +1,292 @@
+"""Transformer blocks with hooks, and the stack of them that the encoders share. No block knows a method."""
+
+from collections.abc import Callable, Iterator, Sequence
+import math
+from typing import Any, Literal, Protocol, get_args
+
+from flax import nnx, struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from tokjax import hooks as hk
+from tokjax.models import layers
+from tokjax.signals import AttentionRule, Context, Queries, Signals
+from tokjax.tokens import MASKED, Tokens
+
+Gelu = Literal["exact", "tanh", "quick"]
+MlpKind = Literal["plain", "swiglu"]
+SITES = frozenset(get_args(hk.Where)) - {"before_llm", "after_prefill", "decode_step"}
+
+
+class BlockConfig(Protocol):
+    """The fields of a model's config that its blocks read."""
+
+    @property
+    def width(self) -> int: ...
+    @property
+    def depth(self) -> int: ...
+    @property
+    def heads(self) -> int: ...
+    @property
+    def mlp_ratio(self) -> float: ...
+    @property
+    def mlp(self) -> MlpKind: ...
+    @property
+    def gelu(self) -> Gelu: ...
+    @property
+    def norm_eps(self) -> float: ...
+    @property
+    def layer_scale(self) -> float | None: ...
+    @property
+    def qk_norm(self) -> bool: ...
+    @property
+    def qkv_bias(self) -> bool: ...
+    @property
+    def key_bias(self) -> bool: ...
+    @property
+    def causal(self) -> bool: ...
+    @property
+    def rope(self) -> float | None: ...
+    @property
+    def drop_path(self) -> float: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def scan(self) -> bool: ...
+    @property
+    def attention(self) -> Literal["xla", "cudnn"]: ...
+
+
+class LayerTrace(struct.PyTreeNode):
+    """What one block did to the tokens."""
+
+    origin: Int[Array, "B N0"]  # slot of every input token after the block, N if dropped
+    size: Float[Array, "B N"] | None
+    tokens: Int[Array, "B"]  # valid tokens that entered the MLP
+    length: int = struct.field(pytree_node=False)  # their number with empty slots: what is paid for
+    slots: int = struct.field(pytree_node=False)  # after the block; an origin of this many was dropped
+
+
+class Output(struct.PyTreeNode):
+    """What an encoder gives. `logits` is the pooled features where the model has no head."""
+
+    logits: Float[Array, "B K"]
+    head_logits: tuple[Float[Array, "B K"], ...]  # of each head: CLS, and DIST in distilled models
+    pooled: Float[Array, "B C"]
+    features: Float[Array, "B N C"]  # tokens after the final norm
+    tokens: Tokens  # after the last block
+    trace: tuple[LayerTrace, ...] | None
+    states: tuple[Tokens, ...] | None = None  # after every block, where they were asked for
+
+
+class Attention(nnx.Module):
+    def __init__(self, cfg: BlockConfig, *, rngs: nnx.Rngs):
+        c, d = cfg.width, cfg.width // cfg.heads
+        self.heads, self.implementation, self.causal, self.rope = cfg.heads, cfg.attention, cfg.causal, cfg.rope
+        whole = cfg.qkv_bias and cfg.key_bias
+        self.qkv = layers.linear(c, 3 * c, bias=whole, dtype=cfg.dtype, rngs=rngs)
+        self.keyless = cfg.qkv_bias and not cfg.key_bias
+        if self.keyless:
+            self.qv_bias = nnx.Param(jnp.zeros(2 * c, jnp.float32))
+        self.proj = layers.linear(c, c, bias=True, dtype=cfg.dtype, rngs=rngs)
+        if cfg.qk_norm:
+            self.q_norm, self.k_norm = (layers.layer_norm(d, cfg.norm_eps, rngs) for _ in range(2))
+        self.qk_norm = cfg.qk_norm
+
+    def signals(self, x: Float[Array, "B N C"], tokens: Tokens, context: Context) -> Signals:
+        b, n, c = x.shape
+        d = c // self.heads
+        qkv = self.qkv(x)
+        if self.keyless:
+            q_bias, v_bias = jnp.split(self.qv_bias[...], 2)
+            qkv += jnp.concatenate([q_bias, jnp.zeros_like(q_bias), v_bias]).astype(qkv.dtype)
+        q, k, v = jnp.moveaxis(qkv.reshape(b, n, 3, self.heads, d), 2, 0)
+        if self.qk_norm:
+            q, k = self.q_norm(q).astype(v.dtype), self.k_norm(k).astype(v.dtype)
+        if self.rope is not None:
+            assert tokens.position is not None and context.grid is not None
+            q, k = layers.rope_2d((q, k), tokens.position, context.grid, self.rope)
+        bias = tokens.attention_bias()
+        bias = None if bias is None else bias[:, None, None]
+        # By true position where there is one: reducers may change the order.
+        pairs = _no_later(tokens.position) if self.causal and tokens.position is not None else None
+        rule = AttentionRule(scale=d**-0.5, causal=self.causal and pairs is None)
+        return Signals(q, k, v, bias, context=context, rule=rule, pair_bias=pairs)
+
+    def __call__(self, signals: Signals) -> Float[Array, "B N C"]:
+        out = layers.attention(signals, self.implementation)
+        return self.proj(out.reshape(*out.shape[:2], -1))
+
+
+def _no_later(position: Int[Array, "B N"]) -> Callable[[Queries], Float[Array, "B 1 Q N"]]:
+    """The causal mask of tokens that do not stand in order."""
+
+    def bias(queries: Queries) -> Array:
+        return jnp.where(position[:, queries, None] >= position[:, None], 0.0, MASKED)[:, None]
+
+    return bias
+
+
+class Block(nnx.Module):
+    def __init__(self, cfg: BlockConfig, *, rngs: nnx.Rngs):
+        c, eps = cfg.width, cfg.norm_eps
+        self.norm1, self.norm2 = layers.layer_norm(c, eps, rngs), layers.layer_norm(c, eps, rngs)
+        self.attn = Attention(cfg, rngs=rngs)
+        activation = "swiglu" if cfg.mlp == "swiglu" else cfg.gelu
+        self.mlp = layers.Mlp(c, int(c * cfg.mlp_ratio), activation, dtype=cfg.dtype, rngs=rngs)
+        self.scaled = cfg.layer_scale is not None
+        if cfg.layer_scale is not None:
+            self.ls1, self.ls2 = layers.LayerScale(c, cfg.layer_scale), layers.LayerScale(c, cfg.layer_scale)
+
+    def __call__(
+        self,
+        tokens: Tokens,
+        hooks: Sequence[hk.Hook] = (),
+        layer: int = 0,
+        context: Context | None = None,
+        drop: tuple[float | Array, Array] | None = None,
+    ) -> tuple[Tokens, Tokens]:
+        """Attention and MLP with their hooks; also the tokens as they entered the MLP. `drop`: rate, key."""
+        outside = Signals(context=context or Context())
+        tokens, _ = hk.reduce(hooks, "before_block", layer, tokens, outside)
+        inside = [outside]  # the signals of this block's attention, once it has run on all tokens
+
+        def attend(part: Tokens) -> Array:
+            signals = self.attn.signals(part.x, part, outside.context)
+            signals = hk.attend(hooks, layer, part, signals)
+            if part.length == tokens.length:
+                inside[0] = signals
+            return self.attn(signals)
+
+        def branch(where: hk.Where, tokens: Tokens, norm, run, scale: str, salt: int) -> Tokens:
+            y, after = hk.around(hooks, where, layer, tokens.replace(x=norm(tokens.x)), outside, run)
+            y = getattr(self, scale)(y) if self.scaled else y
+            if drop is not None:
+                y = layers.drop_path(y, drop[0], jax.random.fold_in(drop[1], salt))
+            return after.replace(x=tokens.x + y)
+
+        tokens = branch("around_attention", tokens, self.norm1, attend, "ls1", 0)
+        tokens, signals = hk.reduce(hooks, "after_attention", layer, tokens, inside[0], then="after_block")
+        entered = tokens
+        tokens = branch("around_mlp", tokens, self.norm2, lambda part: self.mlp(part.x), "ls2", 1)
+        return hk.reduce(hooks, "after_block", layer, tokens, signals)[0], entered
+
+
+class Ran(struct.PyTreeNode):
+    """What a stack of blocks leaves behind."""
+
+    tokens: Tokens
+    pooled: Float[Array, "B C"] | None  # of a `readout` hook
+    trace: tuple[LayerTrace, ...] | None
+    states: tuple[Tokens, ...] | None
+
+
+class Blocks(nnx.Module):
+    """A model with `blocks`, unrolled, or stored stacked and scanned where no hook stands in a long run."""
+
+    blocks: Any
+
+    def _make_blocks(self, cfg: BlockConfig, rngs: nnx.Rngs) -> None:
+        blocks = [Block(cfg, rngs=rngs) for _ in range(cfg.depth)]
+        self.blocks = _stacked(blocks) if cfg.scan else nnx.List(blocks)
+
+    def _run(
+        self,
+        cfg: BlockConfig,
+        tokens: Tokens,
+        hooks: Sequence[hk.Hook],
+        context: Context,
+        key: Array | None = None,
+        keep_states: bool = False,
+    ) -> Ran:
+        """All blocks; traces if `tokens.origin` is filled. `key`: stochastic depth."""
+        tokens, _ = hk.reduce(hooks, "input", 0, tokens, Signals(context=context))
+        readout = hk.at(hooks, "readout", 0)
+        keep, traced = keep_states or bool(readout), tokens.origin is not None
+        states: list[Tokens] = []
+        traces: list[LayerTrace] = []
+        for first, last, block in self._runs(cfg, hooks, whole=not keep and not traced):
+            if block is None:
+                tokens = self._scan(cfg, tokens, first, last, context, key)
+                continue
+            tokens, entered = block(tokens, hooks, first, context, _drop(cfg, first, key))
+            if keep:
+                states.append(tokens)
+            if tokens.origin is not None:
+                traces.append(LayerTrace(tokens.origin, tokens.size, entered.count(), entered.length, tokens.length))
+        return Ran(
+            tokens,
+            readout[0](tuple(states)) if readout else None,
+            tuple(traces) if traced else None,
+            tuple(states) if keep_states else None,
+        )
+
+    def _runs(self, cfg: BlockConfig, hooks: Sequence[hk.Hook], whole: bool) -> Iterator[tuple[int, int, Block | None]]:
+        """(first, last, block) in order; a run of at least four hook-free stacked blocks has None for the block."""
+        hooked = {hook.layer for hook in hooks if hook.where not in ("input", "readout")}
+        first, depth = 0, cfg.depth
+        while first < depth:
+            last = first + 1
+            if cfg.scan and whole and first not in hooked:
+                while last < depth and last not in hooked:
+                    last += 1
+            if last - first >= 4:
+                yield first, last, None
+            else:
+                for layer in range(first, last):
+                    yield layer, layer + 1, self._block(cfg, layer)
+            first = last
+
+    def _block(self, cfg: BlockConfig, layer: int) -> Block:
+        if not cfg.scan:
+            return self.blocks[layer]
+        graphdef, state = nnx.split(self.blocks)
+        return nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[layer], state))
+
+    def _scan(self, cfg: BlockConfig, tokens: Tokens, first: int, last: int, context: Context, key) -> Tokens:
+        graphdef, state = nnx.split(self.blocks)
+        params = jax.tree.map(lambda leaf: leaf[first:last], state)
+
+        def body(tokens, step):
+            layer, params = step
+            tokens, _ = nnx.merge(graphdef, params)(tokens, context=context, drop=_drop(cfg, layer, key))
+            return tokens, None
+
+        return jax.lax.scan(body, tokens, (jnp.arange(first, last), params))[0]
+
+
+def _drop(cfg: BlockConfig, layer, key):
+    if key is None or not cfg.drop_path:
+        return None
+    rate = cfg.drop_path * layer / max(cfg.depth - 1, 1)
+    return rate, jax.random.fold_in(key, layer)
+
+
+def _stacked(blocks: list[Block]) -> Block:
+    """Equal blocks as one, whose parameters have a leading L axis."""
+    graphdef, _ = nnx.split(blocks[0])
+    states = [nnx.split(block)[1] for block in blocks]
+    return nnx.merge(graphdef, jax.tree.map(lambda *leaves: jnp.stack(leaves), *states))
+
+
+def check_blocks(cfg: BlockConfig) -> None:
+    """Refuses fields of blocks that do not fit together.
+
+    Raises:
+        ValueError: names the field, its value and what is allowed.
+    """
+    for name in ("width", "depth", "heads"):
+        if getattr(cfg, name) < 1:
+            raise ValueError(f"{name}={getattr(cfg, name)}: must be at least 1")
+    if cfg.width % cfg.heads:
+        raise ValueError(f"heads={cfg.heads}: must divide width={cfg.width}")
+    if not math.isfinite(cfg.mlp_ratio) or int(cfg.width * cfg.mlp_ratio) < 1:
+        raise ValueError(f"mlp_ratio={cfg.mlp_ratio}: must give at least one hidden channel for width={cfg.width}")
+    for name, kind in (("gelu", Gelu), ("mlp", MlpKind)):
+        if getattr(cfg, name) not in get_args(kind):
+            raise ValueError(f"{name}={getattr(cfg, name)!r}: must be one of {', '.join(get_args(kind))}")
+    if cfg.dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype={cfg.dtype!r}: must be one of float32, bfloat16, float16")
+    if not 0 <= cfg.drop_path < 1:
+        raise ValueError(f"drop_path={cfg.drop_path}: must be in [0, 1)")
