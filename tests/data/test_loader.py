@@ -3,13 +3,14 @@ import itertools
 import json
 import threading
 import time
+from types import MappingProxyType
 
 from image_files import plain
 import numpy as np
 import pytest
 
 from tokjax.data.loader import Loader
-from tokjax.data.sources import ImageFolder
+from tokjax.data.sources import ImageFolder, keep_decoded, subset
 from tokjax.data.transforms import Evaluation, ImageError, Mix, Normalise, Training
 from tokjax.errors import UserError
 
@@ -310,3 +311,51 @@ class TestArguments:
 
     def test_defaults(self):
         assert len(list(Loader(Numbered(9), batch_size=4, train=False, transform=Evaluation(SIZE)))) == 3
+
+
+class WithFields(Numbered):
+    """Also tells its index as an array and as a scalar."""
+
+    fields = MappingProxyType({"grid": ((2, 3), "float32"), "number": ((), "int32")})
+
+    def __getitem__(self, index):
+        return {**super().__getitem__(index), "grid": np.full((2, 3), index / 2), "number": index, "more": "text"}
+
+
+class TestFields:
+    @pytest.mark.parametrize("threads", [0, 3])
+    def test_are_stacked_beside_their_images(self, threads):
+        batches = list(eval_loader(WithFields(21, bad={4}), bad_image_limit=1, num_threads=threads))
+        for batch in batches:
+            assert batch["grid"].dtype == np.float32 and batch["grid"].shape == (8, 2, 3)
+            assert batch["number"].dtype == np.int32 and batch["number"].shape == (8,)
+            assert batch["number"][batch["valid"]].tolist() == indices(batch)
+            np.testing.assert_array_equal(batch["grid"], np.tile(batch["number"][:, None, None] / 2, (1, 2, 3)))
+            assert not batch["number"][~batch["valid"]].any()
+        plain_batches = list(eval_loader(Numbered(21, bad={4}), bad_image_limit=1))
+        assert same([{k: b[k] for k in ("image", "label", "valid")} for b in batches], plain_batches)
+
+    def test_training_takes_them_from_the_image_that_replaces_a_bad_one(self):
+        loader = train_loader(WithFields(24, bad={3, 9}), transform=Evaluation(SIZE), bad_image_limit=2)
+        for batch in take(loader, 6):
+            assert batch["number"].tolist() == indices(batch)
+
+    def test_resume(self):
+        iterator = iter(train_loader(WithFields()))
+        take(iterator, 4)
+        state = iterator.get_state()
+        resumed = iter(train_loader(WithFields()))
+        resumed.set_state(state)
+        assert same(take(resumed, 5), take(iterator, 5))
+
+    def test_do_not_mix(self):
+        with pytest.raises(ValueError, match="the source also has grid, number"):
+            train_loader(WithFields(), mix=MIX)
+
+    def test_pass_through_subsets_and_decoded_sources(self):
+        part = subset(WithFields(50), 10)
+        kept = keep_decoded(part, 1 << 20)
+        assert kept is not part and kept.fields == part.fields == WithFields.fields
+        for _ in range(2):
+            (batch,) = take(eval_loader(kept, 10), 1)
+            assert batch["number"].tolist() == indices(batch)

@@ -308,7 +308,7 @@ class TestDecoded:
         source = Decoded(folder, 2 * 8 * 8 * 3)
         for i in range(3):
             source[i]
-        assert len(source._images) == 2
+        assert len(source._examples) == 2
 
     def test_leaves_a_bad_first_image_to_the_loader(self, tmp_path, write_folder):
         write_folder(tmp_path, {"a": 3})

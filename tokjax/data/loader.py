@@ -6,11 +6,12 @@ an iterator is one integer, and neither threads nor restarts nor (mixing aside) 
 model sees: process p of P takes rows p * B to (p + 1) * B of each global batch of P * B.
 """
 
+from collections.abc import Mapping
 from concurrent import futures
 import itertools
 import os
 import threading
-from typing import Any, Protocol, TypedDict
+from typing import Any, NotRequired, Protocol, TypedDict, cast
 
 from absl import logging
 import grain
@@ -31,6 +32,10 @@ class Batch(TypedDict):
     image: Float32[np.ndarray, "B H W 3"]
     label: Int32[np.ndarray, " B"] | Float32[np.ndarray, "B K"]
     valid: Bool[np.ndarray, " B"]
+    # What the source's `fields` name, such as:
+    ids: NotRequired[Int32[np.ndarray, "B T"]]
+    segmentation: NotRequired[Int32[np.ndarray, "B h w"]]
+    depth: NotRequired[Float32[np.ndarray, "B h w"]]
 
 
 class Transform(Protocol):
@@ -51,6 +56,8 @@ class Loader:
     pad the last batch (or whose image is bad) are black, of label 0 and not `valid`: all processes make the same
     number of batches of the same shape, and together they show every example once.
 
+    Fields that the source has beside image and label are stacked under their names; in rows that only pad they are 0.
+
     Args:
         source: what to read.
         batch_size: B, rows of this process.
@@ -68,7 +75,7 @@ class Loader:
         drop_remainder: drop an epoch's last, incomplete batch; None: in training.
 
     Raises:
-        ValueError: an argument out of range, or `mix` where some rows may not be valid.
+        ValueError: an argument out of range, or `mix` where some rows may not be valid or have fields that do not mix.
         UserError: fewer examples than a batch; while iterating, more bad images than the limit.
     """
 
@@ -112,6 +119,9 @@ class Loader:
             raise ValueError("mix needs train and drop_remainder: a row that only pads must not be mixed into others")
         if mix is not None and mix.num_classes < source.num_classes:
             raise ValueError(f"mix.num_classes is {mix.num_classes}, the source has {source.num_classes} classes")
+        fields = dict(getattr(source, "fields", {}))
+        if mix is not None and fields:
+            raise ValueError(f"mix blends images and labels, the source also has {', '.join(fields)}")
         global_batch = batch_size * process_count
         whole, rest = divmod(len(source), global_batch)
         if drop_remainder and not whole:
@@ -121,6 +131,7 @@ class Loader:
         self.batches_per_epoch = whole + (rest > 0 and not drop_remainder)  # the same in every process
         self._batch_size, self._global_batch, self._process_index = batch_size, global_batch, process_index
         self._train, self._num_epochs, self._seed = train, num_epochs, seed
+        self._fields = fields
         self._transform, self._normalise, self._mix = transform, normalise or Normalise(), mix
         self._orders: dict[int, np.ndarray] = {}  # of the last two epochs
         self._bad: dict[int, str] = {}  # index -> what is wrong
@@ -158,11 +169,14 @@ class Loader:
         image = np.empty((self._batch_size, *self._transform.size, 3), np.float32)
         label = np.zeros(self._batch_size, np.int32)
         valid = np.zeros(self._batch_size, bool)
+        fields = {name: np.zeros((self._batch_size, *shape), dtype) for name, (shape, dtype) in self._fields.items()}
 
         def fill(rows: slice) -> None:
             pixels = np.zeros((len(places[rows]), *self._transform.size, 3), np.uint8)
             for row, place in zip(range(*rows.indices(self._batch_size)), places[rows], strict=True):
-                index = self._read(order, place, epoch, pixels[row - rows.start])
+                index = self._read(
+                    order, place, epoch, pixels[row - rows.start], {name: fields[name][row, ...] for name in fields}
+                )
                 if index != _NO_ROW:
                     label[row], valid[row] = self.source.labels[index], True
             self._normalise(pixels, out=image[rows])
@@ -177,12 +191,19 @@ class Loader:
                 task.result()
 
         if self._mix is None:
-            return {"image": image, "label": label, "valid": valid}
+            return cast(Batch, {"image": image, "label": label, "valid": valid, **fields})
         image, mixed = self._mix(image, label, self._generator(step, _MIX, self._process_index))
         return {"image": image, "label": mixed, "valid": valid}
 
-    def _read(self, order: np.ndarray, place: int, epoch: int, out: UInt8[np.ndarray, "H W 3"]) -> int:
-        """Writes the image at a place of the epoch's order and returns its index, `_NO_ROW` if there is none.
+    def _read(
+        self,
+        order: np.ndarray,
+        place: int,
+        epoch: int,
+        out: UInt8[np.ndarray, "H W 3"],
+        fields: dict[str, np.ndarray],
+    ) -> int:
+        """Writes the example at a place of the epoch's order and returns its index, `_NO_ROW` if there is none.
 
         Training passes over a bad image: the place goes to the next good one in the order, so that batches stay full
         and every process makes the same number of steps.
@@ -194,7 +215,10 @@ class Loader:
             index = int(candidate)
             if index not in self._bad:
                 try:
-                    out[:] = self._transform(self.source[index]["image"], rng)
+                    example: Mapping[str, Any] = self.source[index]
+                    out[:] = self._transform(example["image"], rng)
+                    for name, row in fields.items():
+                        row[...] = example[name]
                     return index
                 except ImageError as error:
                     self._note_bad(index, str(error))

@@ -6,16 +6,17 @@ is wrong (a missing path, split or column) is a `UserError` when the source is o
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import json
 import os
 from pathlib import Path
 import re
 import threading
-from typing import Protocol, TypedDict
+from types import MappingProxyType
+from typing import NotRequired, Protocol, TypedDict
 
 from absl import logging
-from jaxtyping import Int32, Int64, UInt8
+from jaxtyping import Float32, Int32, Int64, UInt8
 import ml_collections
 import numpy as np
 from PIL import Image
@@ -35,10 +36,20 @@ _PARQUET_NAME = re.compile(r"(?P<split>.+?)(?:[-_.]\d.*)?\.parquet")  # train.pa
 class Example(TypedDict):
     image: UInt8[np.ndarray, "H W 3"]
     label: int
+    caption: NotRequired[str]
+    ids: NotRequired[Int32[np.ndarray, " T"]]
+    segmentation: NotRequired[Int32[np.ndarray, "h w"]]
+    depth: NotRequired[Float32[np.ndarray, "h w"]]
+
+
+Fields = Mapping[str, tuple[tuple[int, ...], str]]  # name -> the shape and dtype that every example has
 
 
 class Source(Protocol):
     """What the loader asks of a source.
+
+    A source may also have `fields` (arrays of an example that belong in the batch), `captions` (for each example the
+    texts that describe it) and `dense` (a field tells where things lie, so nobody may move the image's pixels).
 
     Attributes:
         class_names: one name for each class, in label order.
@@ -70,6 +81,9 @@ class _Labelled:
     class_names: tuple[str, ...]
     labels: Int32[np.ndarray, " n"]
     in_memory = False
+    fields: Fields = MappingProxyType({})
+    captions: Sequence[tuple[str, ...]] | None = None
+    dense = False
 
     @property
     def num_classes(self) -> int:
@@ -284,6 +298,9 @@ class Subset(_Labelled):
         self.class_names = source.class_names
         self.labels = source.labels[indices]
         self.in_memory = source.in_memory
+        _inherit(self, source)
+        if self.captions is not None:
+            self.captions = [self.captions[index] for index in indices]
 
     def __getitem__(self, index: int) -> Example:
         return self._source[int(self._indices[index])]
@@ -303,19 +320,21 @@ class Decoded(_Labelled):
     def __init__(self, source: Source, max_bytes: int):
         self._source = source
         self.class_names, self.labels = source.class_names, source.labels
-        self._images: dict[int, np.ndarray] = {}
+        _inherit(self, source)
+        self._examples: dict[int, Example] = {}
         self._room = max_bytes
         self._lock = threading.Lock()
 
     def __getitem__(self, index: int) -> Example:
-        image = self._images.get(index)
-        if image is None:
-            image = self._source[index]["image"]
+        example = self._examples.get(index)
+        if example is None:
+            example = self._source[index]
+            size = _bytes(example)
             with self._lock:
-                if index not in self._images and image.nbytes <= self._room:
-                    self._images[index] = image
-                    self._room -= image.nbytes
-        return {"image": image, "label": int(self.labels[index])}
+                if index not in self._examples and size <= self._room:
+                    self._examples[index] = example
+                    self._room -= size
+        return example
 
     def name_of(self, index: int) -> str:
         return self._source.name_of(index)
@@ -326,10 +345,21 @@ def keep_decoded(source: Source, max_bytes: int) -> Source:
     if source.in_memory:
         return source
     try:
-        size = source[0]["image"].nbytes
+        size = _bytes(source[0])
     except ImageError:  # whoever iterates will count it
         return source
     return Decoded(source, max_bytes) if size * len(source) <= max_bytes else source
+
+
+def _bytes(example: Example) -> int:
+    return sum(value.nbytes for value in example.values() if isinstance(value, np.ndarray))
+
+
+def _inherit(wrapper: _Labelled, source: Source) -> None:
+    """Gives a wrapper what sources may have beside images and labels."""
+    for name in ("fields", "captions", "dense"):
+        if hasattr(source, name):
+            setattr(wrapper, name, getattr(source, name))
 
 
 def subset(source: Source, n: int, seed: int = 0) -> Subset:
