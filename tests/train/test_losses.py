@@ -1,9 +1,12 @@
+import functools
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec
 import numpy as np
 import pytest
 
-from tokjax.train.losses import accuracy, cross_entropy
+from tokjax.train.losses import accuracy, clip_loss, cross_entropy, siglip_loss
 
 RNG = np.random.default_rng(0)
 LOGITS = RNG.normal(size=(5, 7)).astype(np.float32) * 3
@@ -87,3 +90,146 @@ def test_bad_arguments_are_named():
         cross_entropy(logits, labels, label_smoothing=1.0)
     with pytest.raises(ValueError, match="must bring their own"):
         cross_entropy(logits, jax.nn.one_hot(labels, 7), label_smoothing=0.1)
+
+
+def unit(*shape):
+    x = np.random.default_rng(1).normal(size=shape).astype(np.float32)
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+IMAGE, TEXT = unit(2, 6, 8)
+SAME = np.zeros((6, 6), bool)
+SAME[0, 3] = SAME[3, 0] = SAME[2, 5] = SAME[5, 2] = True
+VALID = np.array([True, True, False, True, True, False])
+
+
+def contrast(image, text, scale, keep):
+    """CLIP's loss, pair by pair."""
+    logits = np.float64(scale) * image.astype(np.float64) @ text.T
+    rows = [
+        np.log(sum(np.exp(m[i, j]) for j in range(len(m)) if i == j or keep[i, j])) - m[i, i]
+        for m in (logits, logits.T)
+        for i in range(len(m))
+    ]
+    return np.mean(rows)
+
+
+def sigmoid_sum(image, text, scale, bias, keep):
+    """SigLIP's loss, pair by pair."""
+    logits = np.float64(scale) * image.astype(np.float64) @ text.T + bias
+    n = len(logits)
+    signs = 2 * np.eye(n) - 1
+    return (
+        sum(np.log1p(np.exp(-signs[i, j] * logits[i, j])) for i in range(n) for j in range(n) if i == j or keep[i, j])
+        / n
+    )
+
+
+LOSSES = {
+    "clip": (lambda *a, **k: clip_loss(a[0], a[1], 20.0, *a[2:], **k), lambda i, t, k: contrast(i, t, 20, k)),
+    "siglip": (
+        lambda *a, **k: siglip_loss(a[0], a[1], 9.0, -3.0, *a[2:], **k),
+        lambda i, t, k: sigmoid_sum(i, t, 9, -3, k),
+    ),
+}
+both = pytest.mark.parametrize("name", LOSSES)
+
+
+@both
+class TestPairs:
+    def test_is_the_formula(self, name):
+        loss, formula = LOSSES[name]
+        got = loss(jnp.array(IMAGE), jnp.array(TEXT))
+        assert got.dtype == jnp.float32 and got.shape == ()
+        np.testing.assert_allclose(got, formula(IMAGE, TEXT, ~np.eye(6, dtype=bool)), rtol=1e-5)
+        half = loss(jnp.array(IMAGE, jnp.bfloat16), jnp.array(TEXT, jnp.bfloat16))
+        assert half.dtype == jnp.float32
+        np.testing.assert_allclose(half, got, rtol=0.1)
+
+    def test_pairs_that_tell_the_same_are_no_negatives(self, name):
+        loss, formula = LOSSES[name]
+        got = loss(jnp.array(IMAGE), jnp.array(TEXT), same=jnp.array(SAME))
+        np.testing.assert_allclose(got, formula(IMAGE, TEXT, ~SAME), rtol=1e-5)
+        # A row is the same as itself: marking it must not lose the positive.
+        marked = loss(jnp.array(IMAGE), jnp.array(TEXT), same=jnp.array(SAME | np.eye(6, dtype=bool)))
+        np.testing.assert_array_equal(marked, got)
+        everything = loss(jnp.array(IMAGE), jnp.array(TEXT), same=jnp.ones((6, 6), bool))
+        np.testing.assert_allclose(everything, formula(IMAGE, TEXT, np.zeros((6, 6), bool)), rtol=1e-5, atol=1e-7)
+
+    def test_invalid_rows_are_not_there(self, name):
+        loss, formula = LOSSES[name]
+        image, text = (np.where(VALID[:, None], x, np.nan) for x in (IMAGE, TEXT))
+        value, grads = jax.value_and_grad(loss, (0, 1))(jnp.array(image), jnp.array(text), jnp.array(VALID))
+        kept = IMAGE[VALID], TEXT[VALID]
+        np.testing.assert_allclose(value, formula(*kept, np.ones((4, 4), bool)), rtol=1e-5)
+        alone = jax.grad(loss, (0, 1))(*map(jnp.array, kept))
+        for got, want in zip(grads, alone, strict=True):
+            np.testing.assert_allclose(got[VALID], want, rtol=1e-4, atol=1e-6)
+            assert not np.asarray(got)[~VALID].any()
+        assert loss(jnp.array(image), jnp.array(text), jnp.zeros(6, bool)) == 0
+
+    def test_order_does_not_matter(self, name):
+        loss, _ = LOSSES[name]
+        order = np.array([4, 2, 0, 5, 1, 3])
+        same = jnp.array(SAME)
+        args = jnp.array(IMAGE), jnp.array(TEXT), jnp.array(VALID)
+        mixed = loss(*(x[order] for x in args), same=same[order][:, order])
+        np.testing.assert_allclose(mixed, loss(*args, same=same), rtol=1e-5)
+        swapped = loss(args[1], args[0], args[2], same=same)
+        np.testing.assert_allclose(swapped, loss(*args, same=same), rtol=1e-5)
+
+    def test_matching_pairs_are_the_minimum(self, name):
+        loss, _ = LOSSES[name]
+        eye = jnp.eye(6)
+        assert loss(eye, eye) < loss(jnp.array(IMAGE), jnp.array(TEXT)) < loss(eye, jnp.roll(eye, 1, 0))
+        grad = jax.grad(loss)(1000.0 * eye, eye[::-1])
+        assert jnp.isfinite(grad).all()
+
+    @pytest.mark.parametrize("devices", [2, 3])
+    def test_a_split_batch_is_the_whole(self, name, devices):
+        """Value and gradients, differentiated outside and inside of the mapped function."""
+        loss, _ = LOSSES[name]
+        args = jnp.array(IMAGE), jnp.array(TEXT), jnp.array(VALID), jnp.array(SAME)
+        whole, grads = jax.value_and_grad(lambda i, t, v, s: loss(i, t, v, same=s), (0, 1))(*args)
+        mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices("cpu")[:devices])
+        rows, all_ = PartitionSpec("data"), PartitionSpec()
+
+        def split(i, t, v, s):
+            return loss(i, t, v, same=s, axis_name="data")
+
+        shard = functools.partial(jax.shard_map, mesh=mesh, in_specs=rows)
+        outside = jax.jit(jax.value_and_grad(shard(split, out_specs=all_), (0, 1)))(*args)
+        inside = jax.jit(shard(jax.value_and_grad(split, (0, 1)), out_specs=(all_, rows)))(*args)
+        for value, gradient in (outside, inside):
+            np.testing.assert_allclose(value, whole, rtol=1e-5)
+            for got, want in zip(gradient, grads, strict=True):
+                np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
+
+    def test_under_vmap(self, name):
+        loss, _ = LOSSES[name]
+        parts = [jnp.array(x).reshape(3, 2, 8) for x in (IMAGE, TEXT)]
+        mapped = jax.vmap(functools.partial(loss, axis_name="data"), axis_name="data")(*parts)
+        np.testing.assert_allclose(mapped, [loss(jnp.array(IMAGE), jnp.array(TEXT))] * 3, rtol=1e-5)
+        batched = jax.vmap(loss)(*parts)
+        np.testing.assert_allclose(batched, [loss(i, t) for i, t in zip(*parts, strict=True)], rtol=1e-5)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"image": (6, 7)}, r"image is \(6, 7\) and text \(6, 8\)"),
+            ({"text": (5, 8)}, r"text \(5, 8\)"),
+            ({"valid": (5,)}, r"valid is \(5,\); for 6 pairs"),
+            ({"same": (6, 5)}, r"same is \(6, 5\); .* must be \(6, 6\)"),
+        ],
+    )
+    def test_shapes_that_do_not_fit(self, name, change, message):
+        shapes = {"image": (6, 8), "text": (6, 8), "valid": (6,), "same": (6, 6), **change}
+        image, text, valid, same = (jnp.zeros(shapes[k], bool if k in ("valid", "same") else float) for k in shapes)
+        with pytest.raises(ValueError, match=message):
+            LOSSES[name][0](image, text, valid, same=same)
+
+
+def test_the_scale_learns():
+    grads = jax.grad(lambda s, b: siglip_loss(jnp.array(IMAGE), jnp.array(TEXT), s, b), (0, 1))(10.0, -10.0)
+    assert all(jnp.isfinite(g) and g != 0 for g in grads)
+    assert jax.grad(lambda s: clip_loss(jnp.array(IMAGE), jnp.array(TEXT), s))(10.0) != 0

@@ -77,3 +77,127 @@ def accuracy(
     wanted = labels if jnp.issubdtype(labels.dtype, jnp.integer) else jnp.argmax(labels, axis=1)
     correct = (jnp.argmax(logits, axis=1) == wanted) & valid
     return correct.sum(dtype=jnp.float32), valid.sum(dtype=jnp.float32)
+
+
+def clip_loss(
+    image: Float[Array, "B E"],
+    text: Float[Array, "B E"],
+    scale: Float[Array, ""] | float,
+    valid: Bool[Array, "B"] | None = None,
+    *,
+    same: Bool[Array, "B D"] | None = None,
+    axis_name: str | None = None,
+) -> Float[Array, ""]:
+    """CLIP's symmetric cross-entropy: image i must find text i among all texts, and text i image i among all images.
+
+    Source: Radford et al. 2021, arXiv 2103.00020, figure 3 (the loss is InfoNCE, van den Oord et al. 2018, arXiv
+    1807.03748, in both directions, averaged). The negatives are the whole batch, over all devices if it is split.
+
+    Args:
+        image: L2-normalised embeddings; row i belongs to row i of `text`.
+        text: the same.
+        scale: what the cosines are multiplied by (the exponential of the learned log scale).
+        valid: rows that count, as pairs and as negatives; None: all. What others hold changes nothing.
+        same: [B, B], symmetric, True where pair i and pair j tell the same (such as equal captions): they are left out
+            of each other's negatives. With `axis_name` the local rows against all D = B * devices columns.
+        axis_name: the mapped axis (of `shard_map`, `vmap`, `pmap`) over which the batch is split; None: it is whole.
+
+    Returns:
+        float32 [], the mean over the valid rows, of all devices with `axis_name`; 0 where no row is valid.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    pairs = _Pairs(image, text, valid, same, axis_name)
+    loss = jnp.float32(0)
+    for queries, keys in ((pairs.image, pairs.all_text), (pairs.text, pairs.all_image)):
+        logits = jnp.where(pairs.counted, _cosines(queries, keys) * scale, jnp.finfo(jnp.float32).min)
+        own = jnp.take_along_axis(jax.nn.log_softmax(logits), pairs.own[:, None], axis=1)[:, 0]
+        loss -= pairs.mean(own) / 2
+    return loss
+
+
+def siglip_loss(
+    image: Float[Array, "B E"],
+    text: Float[Array, "B E"],
+    scale: Float[Array, ""] | float,
+    bias: Float[Array, ""] | float,
+    valid: Bool[Array, "B"] | None = None,
+    *,
+    same: Bool[Array, "B D"] | None = None,
+    axis_name: str | None = None,
+) -> Float[Array, ""]:
+    """SigLIP's loss: every pair of an image and a text is a yes-no question of its own.
+
+    The sum of -log sigmoid(z_ij (scale cos_ij + bias)) over all pairs, divided by the number of rows; z is 1 for the B
+    matching pairs, -1 for the others. Source: Zhai et al. 2023, arXiv 2303.15343, algorithm 1.
+
+    Args:
+        image: as in `clip_loss`.
+        text: as in `clip_loss`.
+        scale: as in `clip_loss`.
+        bias: added to the scaled cosines.
+        valid: as in `clip_loss`.
+        same: as in `clip_loss`: pairs of which neither answer is asked.
+        axis_name: as in `clip_loss`.
+
+    Returns:
+        float32 []; 0 where no row is valid.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    pairs = _Pairs(image, text, valid, same, axis_name)
+    logits = _cosines(pairs.image, pairs.all_text) * scale + bias
+    match = jnp.arange(logits.shape[1]) == pairs.own[:, None]
+    asked = jnp.where(pairs.counted, jax.nn.log_sigmoid(jnp.where(match, logits, -logits)), 0.0)
+    return -pairs.mean(asked.sum(axis=1))
+
+
+class _Pairs:
+    """The rows of this device against the rows of all.
+
+    Attributes:
+        image, text: [B, E] float32, zeros where not valid.
+        all_image, all_text: [D, E], D = B without an axis.
+        own: [B], the column of each row's partner.
+        counted: [B, D], which columns stand in a row's denominator; its own always does.
+    """
+
+    def __init__(self, image, text, valid, same, axis_name):
+        if image.ndim != 2 or image.shape != text.shape:
+            raise ValueError(f"image is {image.shape} and text {text.shape}; both must be [B, E]")
+        batch = image.shape[0]
+        if valid is None:
+            valid = jnp.ones(batch, bool)
+        if valid.shape != (batch,):
+            raise ValueError(f"valid is {valid.shape}; for {batch} pairs it must be ({batch},)")
+        # Both ends are masked, as in cross_entropy: a NaN of an invalid row stays out of values and gradients.
+        image, text = (jnp.where(valid[:, None], x.astype(jnp.float32), 0.0) for x in (image, text))
+        self._valid, self._axis = valid, axis_name
+        self.image, self.text = image, text
+        self.all_image, self.all_text, columns = image, text, valid
+        self.own = jnp.arange(batch)
+        if axis_name is not None:
+            self.all_image, self.all_text, columns = (
+                jax.lax.all_gather(x, axis_name, tiled=True) for x in (image, text, valid)
+            )
+            self.own += jax.lax.axis_index(axis_name) * batch
+        shape = (batch, columns.shape[0])
+        if same is None:
+            same = jnp.zeros(shape, bool)
+        if same.shape != shape:
+            raise ValueError(f"same is {same.shape}; for these pairs it must be {shape}")
+        mine = jnp.arange(shape[1]) == self.own[:, None]
+        self.counted = mine | (columns & ~same)
+
+    def mean(self, rows: jax.Array) -> jax.Array:
+        """Over the valid rows of all devices."""
+        total, count = jnp.where(self._valid, rows, 0.0).sum(), self._valid.sum()
+        if self._axis is not None:
+            total, count = jax.lax.psum((total, count), self._axis)
+        return total / jnp.maximum(count, 1)
+
+
+def _cosines(queries: jax.Array, keys: jax.Array) -> jax.Array:
+    return jnp.matmul(queries, keys.T, precision=jax.lax.Precision.HIGHEST)
