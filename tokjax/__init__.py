@@ -9,7 +9,7 @@ Importing it switches JAX's persistent compilation cache on, unless one is set o
 """
 
 from tokjax import reducers
-from tokjax.api import Model, Trace, build, load, reduce, save
+from tokjax.api import DualModel, Model, Trace, build, load, reduce, save
 from tokjax.compilation import enable_cache
 from tokjax.signals import Context, Signals
 from tokjax.token_map import HardMap, Plan, SoftMap, apply, compose
@@ -19,6 +19,7 @@ enable_cache()  # here, since JAX decides at its first compilation whether it ke
 
 __all__ = [
     "Context",
+    "DualModel",
     "HardMap",
     "Model",
     "Plan",

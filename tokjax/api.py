@@ -1,16 +1,16 @@
 """What a user holds: a model with its parameters and reducers, as one callable; load, reduce and save it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
 import functools
 import json
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, overload
 
 from flax import nnx, struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, PyTree, UInt8
 import numpy as np
 from safetensors.numpy import save_file
 
@@ -19,13 +19,17 @@ from tokjax.bench import flops
 from tokjax.errors import UserError
 from tokjax.hooks import Hook, ModelInfo, Reducer, check
 from tokjax.models import layers
-from tokjax.models.transformer import LayerTrace, Output
-from tokjax.models.vit import ViT, ViTConfig
+from tokjax.models.dual import DualConfig, DualOutput, unit
+from tokjax.models.text import Text, TextConfig
+from tokjax.models.transformer import Blocks, LayerTrace, Output, skeleton
+from tokjax.models.vit import Patches, ViT, ViTConfig
 from tokjax.pretrained.files import Tensors
-from tokjax.pretrained.preprocess import Preprocess
 from tokjax.pretrained.vit import load_checkpoint, save_checkpoint
 
 Family = Literal["hf", "timm"]
+Tower = Literal["vision", "text"]
+Place = jax.sharding.Sharding | Callable[[tuple[str | int, ...], tuple[int, ...]], jax.sharding.Sharding]
+MODULES: dict[type, Any] = {ViTConfig: ViT, TextConfig: Text}
 REDUCERS, REDUCER_WEIGHTS = "reducers.json", "reducers.safetensors"
 
 
@@ -35,8 +39,9 @@ class Trace(struct.PyTreeNode):
     layers: tuple[LayerTrace, ...]
     aux: Mapping[str, Any]
     prefix: int = struct.field(pytree_node=False)
-    grid: tuple[int, int] = struct.field(pytree_node=False)
+    grid: tuple[int, int] | None = struct.field(pytree_node=False)  # patches down and across; None: text
     patch_size: int = struct.field(pytree_node=False)
+    shape: Int[Array, "B 2"] | None = None  # the same of every image, where they differ
 
     @property
     def tokens(self) -> Int[np.ndarray, "L B"]:
@@ -46,14 +51,21 @@ class Trace(struct.PyTreeNode):
     def pictures(
         self, image: UInt8[np.ndarray, "height width 3"], row: int = 0, layers: Sequence[int] | None = None
     ) -> list:
-        """The image and its merged regions after the chosen blocks (all by default), each with a caption."""
+        """The image and its merged regions after the chosen blocks (all by default), each with a caption.
+
+        Raises:
+            ValueError: the trace of a text.
+        """
         from tokjax import viz  # matplotlib comes with it, which most users of a model do not need
 
-        origins, slots = (
-            [np.asarray(layer.origin)[row] for layer in self.layers],
-            [layer.slots for layer in self.layers],
-        )
-        return viz.merge_pictures(image, origins, slots, self.patch_size, self.grid, prefix=self.prefix, layers=layers)
+        if self.grid is None:
+            raise ValueError("This trace is of texts, which have no picture; see `layers` for where its tokens went.")
+        down, across = self.grid if self.shape is None else map(int, np.asarray(self.shape)[row])
+        inputs = self.prefix + down * across
+        origins = [np.asarray(layer.origin)[row, :inputs] for layer in self.layers]
+        slots = [layer.slots for layer in self.layers]
+        grid, patch = (down, across), self.patch_size
+        return viz.merge_pictures(image, origins, slots, patch, grid, prefix=self.prefix, layers=layers)
 
     def draw(
         self, image: UInt8[np.ndarray, "height width 3"], row: int = 0, layers: Sequence[int] | None = None
@@ -81,26 +93,27 @@ class Model:
             learn.
         config: of the module.
         methods: the reducers, in the order in which they were added.
-        preprocess: from PIL images or uint8 arrays to the input; None for a model made without.
+        preprocess: from PIL images or uint8 arrays (texts for a text encoder) to the input; None for a model made
+            without.
         form: how hard maps are applied, see `tokjax.token_map.apply_form`.
     """
 
     def __init__(
         self,
-        module: ViT,
+        module: Blocks,
         methods: Sequence[Method] = (),
         *,
-        preprocess: Preprocess | None = None,
+        preprocess: Any = None,
         family: Family = "timm",
         form: token_map.Form = "auto",
     ):
-        self.config: ViTConfig = module.cfg
+        self.config: Any = module.cfg
         self.methods, self.preprocess, self.family, self.form = tuple(methods), preprocess, family, form
         learned = {i: m.reducer for i, m in enumerate(methods) if isinstance(m.reducer, nnx.Module)}
         self._graph, state = nnx.split({"model": module, "reducers": learned})
         self.params = nnx.to_pure_dict(state)
         check(self.hooks, self.info)
-        self._logits = jax.jit(lambda params, images, key: self.forward(params, images, key=key).logits)
+        self._logits = jax.jit(lambda params, inputs, key: self.forward(params, inputs, key=key).logits)
         self._traced = jax.jit(functools.partial(self._trace, self.forward))
 
     @property
@@ -119,36 +132,50 @@ class Model:
     def forward(
         self,
         params: Mapping[str, Any],
-        images: Float[Array, "B height width channels"],
+        inputs: PyTree,
         *,
         key: Array | None = None,
         train: bool = False,
         trace: bool = False,
+        states: bool = False,
     ) -> Output:
-        """The whole output as a pure function of the parameters, to be jitted, differentiated or vmapped."""
+        """The whole output as a pure function of the parameters, to be jitted, differentiated or vmapped.
+
+        Args:
+            params: as `self.params`.
+            inputs: as `preprocess` gives them.
+            key: PRNG key, for stochastic depth and for reducers that draw.
+            train: whether stochastic depth is on.
+            trace: whether to follow every token through the blocks.
+            states: whether to give the tokens after every block.
+
+        Raises:
+            ValueError: inputs of another shape.
+        """
         parts: Any = nnx.merge(self._graph, params)
         with token_map.apply_form(self.form):
             hooks = self._hooks(parts["reducers"])
-            return parts["model"](images, hooks, key=key, train=train, trace=trace)
+            return parts["model"](inputs, hooks, key=key, train=train, trace=trace, states=states)
 
-    def _trace(self, forward: Callable, params, images, key) -> tuple[Array, Trace]:
-        out, cfg = forward(params, images, key=key, trace=True), self.config
-        return out.logits, Trace(out.trace, out.tokens.aux, cfg.prefix, cfg.grid, cfg.patch_size)
+    def _trace(self, forward: Callable, params, inputs, key) -> tuple[Array, Trace]:
+        out, cfg = forward(params, inputs, key=key, trace=True), self.config
+        grid, patch = getattr(cfg, "grid", None), getattr(cfg, "patch_size", 1)
+        shape = inputs.shape if isinstance(inputs, Patches) else None
+        return out.logits, Trace(out.trace, out.tokens.aux, self.info.prefix, grid, patch, shape)
 
-    def __call__(
-        self, images: Float[Array, "B height width channels"], *, key: Array | None = None, trace: bool = False
-    ):
-        """Logits [B, classes] of normalised images; with `trace`, logits and a `Trace`.
+    def __call__(self, inputs: PyTree, *, key: Array | None = None, trace: bool = False):
+        """Logits [B, classes] of normalised images, the features [B, E] of texts; with `trace`, also a `Trace`.
 
         Args:
-            images: as `preprocess` gives them.
+            inputs: as `preprocess` gives them: images [B, height, width, channels], `Patches`, or ids [B, T].
             key: for reducers that draw; they use their seed where there is none.
             trace: whether to follow every token through the blocks.
 
         Raises:
-            ValueError: images of another size.
+            ValueError: inputs of another shape.
         """
-        return (self._traced if trace else self._logits)(self.params, images, key)
+        self.config.check(inputs)
+        return (self._traced if trace else self._logits)(self.params, inputs, key)
 
     def with_params(self, params: Mapping[str, Any]) -> "Model":
         """The same model and compiled programs with other parameters of the same shapes."""
@@ -156,9 +183,9 @@ class Model:
         other.__dict__.update(self.__dict__, params=params)
         return other
 
-    def compiled(self, images: Float[Array, "B height width channels"]) -> jax.stages.Compiled:
+    def compiled(self, inputs: PyTree) -> jax.stages.Compiled:
         """The compiled program of a call, for its memory analysis and text."""
-        return self._logits.lower(self.params, images, None).compile()
+        return self._logits.lower(self.params, inputs, None).compile()
 
     @property
     def unreduced(self) -> "Model":
@@ -173,26 +200,154 @@ class Model:
         return Model(parts["model"], methods, preprocess=self.preprocess, family=self.family, form=form)
 
     def cost(self, batch: int = 1) -> flops.Cost:
-        """Multiply-accumulates of one call on `batch` images, the model's and the reducers' own."""
-        images = jax.ShapeDtypeStruct((batch, *self.config.image_size, self.config.channels), jnp.float32)
-        return flops.count(lambda params, x: self.forward(params, x).logits, self.params, images)
+        """Multiply-accumulates of one call on `batch` inputs, the model's and the reducers' own."""
+        inputs = self.config.example(batch)
+        return flops.count(lambda params, x: self.forward(params, x).logits, self.params, inputs)
 
     def token_counts(self) -> tuple[int, ...]:
         """Tokens that enter the MLP of every block, empty slots included; nothing is computed."""
-        images = jax.ShapeDtypeStruct((1, *self.config.image_size, self.config.channels), jnp.float32)
-        out = jax.eval_shape(functools.partial(self.forward, trace=True), self.params, images)
+        out = jax.eval_shape(functools.partial(self.forward, trace=True), self.params, self.config.example(1))
         return tuple(layer.length for layer in out.trace)
 
     def __repr__(self) -> str:
         methods = ", ".join(f"{m.name}({', '.join(f'{k}={v!r}' for k, v in m.settings.items())})" for m in self.methods)
-        c = self.config
-        size = f"{c.width}x{c.depth}, {c.prefix}+{c.num_patches} tokens"
-        return f"Model(ViT {size}, {methods or 'no reducer'})"
+        c, info = self.config, self.info
+        size = f"{c.width}x{c.depth}, {info.prefix}+{info.length - info.prefix} tokens"
+        return f"Model({MODULES[type(c)].__name__} {size}, {methods or 'no reducer'})"
 
 
-def build(config: ViTConfig, seed: int = 0, *, preprocess: Preprocess | None = None) -> Model:
-    """A model with random weights."""
-    return Model(ViT(config, rngs=nnx.Rngs(seed)), preprocess=preprocess)
+class DualModel:
+    """An image encoder and a text encoder with one space of features: CLIP, SigLIP.
+
+    Attributes:
+        vision: the image encoder, a model of its own.
+        text: the text encoder, another; its `preprocess` is the tokenizer.
+        config: of both.
+    """
+
+    def __init__(self, vision: Model, text: Model, config: DualConfig, temperature: Mapping[str, Array]):
+        self.vision, self.text, self.config, self._temperature = vision, text, config, dict(temperature)
+        self._logits = jax.jit(lambda image, text, t: DualOutput(image, text, *_scale_and_bias(t)).logits)
+        self._unit = jax.jit(unit)
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """`{"vision": ..., "text": ..., "logit_scale": [] (, "logit_bias": [])}`; the towers' as in `Model.params`."""
+        return {"vision": self.vision.params, "text": self.text.params, **self._temperature}
+
+    @property
+    def towers(self) -> dict[Tower, Model]:
+        return {"vision": self.vision, "text": self.text}
+
+    @property
+    def preprocess(self) -> Any:
+        """From PIL images or uint8 arrays to the input."""
+        return self.vision.preprocess
+
+    @property
+    def tokenizer(self) -> Any:
+        """From texts to ids [T, length]; None for a model made without."""
+        return self.text.preprocess
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        """The reducers of the image encoder, then those of the text encoder."""
+        return (*self.vision.methods, *self.text.methods)
+
+    @property
+    def unreduced(self) -> "DualModel":
+        """The same parameters without any reducer."""
+        return self.replace(vision=self.vision.unreduced, text=self.text.unreduced)
+
+    def replace(self, vision: Model | None = None, text: Model | None = None) -> "DualModel":
+        """The same with another image or text encoder."""
+        return DualModel(vision or self.vision, text or self.text, self.config, self._temperature)
+
+    def with_params(self, params: Mapping[str, Any]) -> "DualModel":
+        """The same model and compiled programs with other parameters of the same shapes."""
+        other = object.__new__(DualModel)
+        other.__dict__.update(self.__dict__)
+        other.vision = self.vision.with_params(params["vision"])
+        other.text = self.text.with_params(params["text"])
+        other._temperature = {name: params[name] for name in self._temperature}
+        return other
+
+    def forward(
+        self,
+        params: Mapping[str, Any],
+        images: PyTree,
+        ids: Int[Array, "T length"],
+        *,
+        key: Array | None = None,
+        train: bool = False,
+    ) -> DualOutput:
+        """Features and temperature as a pure function of the parameters."""
+        keys = (None, None) if key is None else jax.random.split(key)
+        image = self.vision.forward(params["vision"], images, key=keys[0], train=train).logits
+        text = self.text.forward(params["text"], ids, key=keys[1], train=train).logits
+        return DualOutput(unit(image), unit(text), *_scale_and_bias(params))
+
+    def encode_image(self, images: PyTree, *, key: Array | None = None) -> Float[Array, "B E"]:
+        """Features of preprocessed images, float32, at length 1."""
+        return self._unit(self.vision(images, key=key))
+
+    def encode_text(self, ids: Int[Array, "T length"], *, key: Array | None = None) -> Float[Array, "T E"]:
+        """Features of tokenized texts, float32, at length 1."""
+        return self._unit(self.text(ids, key=key))
+
+    def logits(self, image: Float[Array, "B E"], text: Float[Array, "T E"]) -> Float[Array, "B T"]:
+        """Logits per image of features at length 1; CLIP takes their softmax over texts, SigLIP their sigmoid."""
+        return self._logits(image, text, self._temperature)
+
+    def __call__(self, images: PyTree, ids: Int[Array, "T length"], *, key: Array | None = None) -> Float[Array, "B T"]:
+        """Logits per image of every image with every text.
+
+        Raises:
+            ValueError: inputs of another shape, or ids outside of the vocabulary.
+        """
+        return self.logits(self.encode_image(images, key=key), self.encode_text(ids, key=key))
+
+    def cost(self, batch: int = 1) -> flops.Cost:
+        """Multiply-accumulates of encoding `batch` images: texts are encoded once for all of them (`text.cost()`)."""
+        return self.vision.cost(batch)
+
+    def token_counts(self) -> tuple[int, ...]:
+        """Of the image encoder, see `Model.token_counts`."""
+        return self.vision.token_counts()
+
+    def __repr__(self) -> str:
+        return f"DualModel({self.vision}, {self.text})"
+
+
+def _scale_and_bias(temperature: Mapping[str, Array]) -> tuple[Array, Array | None]:
+    return jnp.exp(temperature["logit_scale"]), temperature.get("logit_bias")
+
+
+@overload
+def build(config: ViTConfig | TextConfig, seed: int = 0, *, preprocess: Any = None) -> Model: ...
+@overload
+def build(config: DualConfig, seed: int = 0, *, preprocess: Any = None, tokenizer: Any = None) -> DualModel: ...
+def build(config: Any, seed: int = 0, *, preprocess: Any = None, tokenizer: Any = None) -> Any:
+    """A model with random weights.
+
+    Args:
+        config: of a ViT, a text encoder, or both.
+        seed: of the weights.
+        preprocess: from images (for a text encoder: from texts) to the input.
+        tokenizer: from texts to ids, of the two-tower model.
+    """
+    if not isinstance(config, DualConfig):
+        return Model(MODULES[type(config)](config, rngs=nnx.Rngs(seed)), preprocess=preprocess)
+    vision = build(config.vision, seed, preprocess=preprocess)
+    if config.vision.num_classes:  # a projection to learn, not a classifier that starts at zero
+        kernel = vision.params["model"]["head"]["kernel"]
+        drawn = jax.random.normal(jax.random.key(seed), kernel.shape) * config.vision.width**-0.5
+        head = {**vision.params["model"]["head"], "kernel": drawn}
+        vision = vision.with_params({**vision.params, "model": {**vision.params["model"], "head": head}})
+    temperature = {"logit_scale": jnp.float32(config.logit_scale)}
+    if config.logit_bias is not None:
+        temperature["logit_bias"] = jnp.float32(config.logit_bias)
+    return DualModel(vision, build(config.text, seed + 1, preprocess=tokenizer), config, temperature)
 
 
 def load(
@@ -201,61 +356,119 @@ def load(
     image_size: tuple[int, int] | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     scan: bool = False,
-) -> Model:
+    sharding: Place | None = None,
+) -> Any:
     """Loads a checkpoint with its preprocessing, and with its reducers if `tokjax.save` wrote some beside it.
 
     Args:
-        source: a local folder, a safetensors file, or an id on the Hugging Face hub.
+        source: a local folder, a file (safetensors, a torch pickle or archive, `.npz`), or an id on the Hugging Face
+            hub.
         image_size: height, width in pixels, if other than the checkpoint's; positions are interpolated as its
             family does.
         dtype: of activations; None: float32.
         scan: whether to store equal blocks stacked and scan them.
+        sharding: where every array goes as soon as it is read: one sharding for all, or a function of an array's path
+            in `params` and its shape; None: the first device.
+
+    Returns:
+        A `Model`; for checkpoints with two towers (CLIP, SigLIP) a `DualModel`.
 
     Raises:
         UserError: nothing readable there, or tensors that do not fit.
     """
     folder = Path(source) / "model"  # a training workdir holds its model there
-    checkpoint = load_checkpoint(folder if folder.is_dir() else source, image_size=image_size, dtype=dtype)
-    config = dataclasses.replace(checkpoint.config, scan=scan)
-    params = {**checkpoint.params, "blocks": layers.stack(checkpoint.params["blocks"])} if scan else checkpoint.params
-    graph, _ = nnx.split(nnx.eval_shape(lambda: ViT(config, rngs=nnx.Rngs(0))))
-    module = nnx.merge(graph, jax.tree.map(jnp.asarray, params))
-    model = Model(module, preprocess=checkpoint.preprocess, family=checkpoint.source["family"])
-    beside = (folder if folder.is_dir() else Path(source)) / REDUCERS
-    return _with_saved_reducers(model, beside) if beside.is_file() else model
+    source = folder if folder.is_dir() else source
+
+    def place(path: tuple[str | int, ...], array: np.ndarray) -> jax.Array:
+        where = sharding(path, array.shape) if callable(sharding) else sharding
+        return jax.device_put(array, where)
+
+    checkpoint = load_checkpoint(source, image_size=image_size, dtype=dtype, scan=scan, place=place)
+    config, params, side = checkpoint.config, checkpoint.params, checkpoint.source["family"]
+
+    def model(config: Any, params: Mapping[str, Any], preprocess: Any) -> Model:
+        graph, _ = nnx.split(skeleton(MODULES[type(config)], config))
+        return Model(nnx.merge(graph, params), preprocess=preprocess, family=side)
+
+    if not isinstance(config, DualConfig):
+        return _with_saved_reducers(model(config, params, checkpoint.preprocess), Path(source) / REDUCERS)
+    dual = DualModel(
+        model(config.vision, params["vision"], checkpoint.preprocess),
+        model(config.text, params["text"], checkpoint.tokenizer),
+        config,
+        {name: params[name] for name in ("logit_scale", "logit_bias") if name in params},
+    )
+    return _with_saved_reducers(dual, Path(source) / REDUCERS)
 
 
-def _with_saved_reducers(model: Model, path: Path) -> Model:
+def _with_saved_reducers(model: Any, path: Path) -> Any:
+    if not path.is_file():
+        return model
     try:
         for entry in json.loads(path.read_text()):
-            model = reduce(model, entry["name"], **entry["settings"])
+            model = reduce(model, entry["name"], tower=entry.get("tower"), **entry["settings"])
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path}: not a list of reducers with name and settings that fit: {error}") from error
-    if "reducers" not in model.params:
-        return model
-    weights = Tensors(path.with_name(REDUCER_WEIGHTS))
+    for tower, each in _parts(model):
+        if "reducers" not in each.params:
+            continue
+        weights = Tensors(path.with_name(REDUCER_WEIGHTS))
 
-    def saved(key, leaf):
-        name = jax.tree_util.keystr(key)
-        if name not in weights or weights.shape(name) != leaf.shape:
-            raise UserError(f"{path.with_name(REDUCER_WEIGHTS)} has no tensor {name} of shape {leaf.shape}")
-        return jnp.asarray(weights[name])
+        def saved(key, leaf, tower=tower, weights=weights):
+            name = tower + jax.tree_util.keystr(key)
+            if name not in weights or weights.shape(name) != leaf.shape:
+                raise UserError(f"{path.with_name(REDUCER_WEIGHTS)} has no tensor {name} of shape {leaf.shape}")
+            return jnp.asarray(weights[name])
 
-    learned = jax.tree.map_with_path(saved, model.params["reducers"])
-    return model.with_params({**model.params, "reducers": learned})
+        learned = jax.tree.map_with_path(saved, each.params["reducers"])
+        each = each.with_params({**each.params, "reducers": learned})
+        model = model.replace(**{tower: each}) if tower else each
+    return model
 
 
-def reduce(model: Model, method: str | Reducer, *, form: token_map.Form | None = None, **settings: Any) -> Model:
+def _parts(model: Model | DualModel) -> Iterator[tuple[str, Model]]:
+    """The towers by name; a model of one tower has none."""
+    if isinstance(model, DualModel):
+        yield from model.towers.items()
+    else:
+        yield "", model
+
+
+@overload
+def reduce(model: Model, method: str | Reducer, *, form: token_map.Form | None = None, **settings: Any) -> Model: ...
+@overload
+def reduce(
+    model: DualModel,
+    method: str | Reducer,
+    *,
+    form: token_map.Form | None = None,
+    tower: Tower | None = None,
+    **settings: Any,
+) -> DualModel: ...
+def reduce(
+    model: Any,
+    method: str | Reducer,
+    *,
+    form: token_map.Form | None = None,
+    tower: Tower | None = None,
+    **settings: Any,
+) -> Any:
     """The same weights, fewer tokens.
 
     Args:
         model: what to reduce; it stays as it is. Its own reducers run first.
         method: a registered name, with its settings as keywords, or a reducer.
         form: how hard maps are applied; None: as the model does.
+        tower: of a model with two, "vision" (which None stands for) or "text".
 
     Raises:
-        ValueError: an unknown name or setting, a value out of range, or a site that the model does not have.
+        ValueError: an unknown name, tower or setting, a value out of range, or a site that the model does not have.
     """
+    if tower is not None and not (isinstance(model, DualModel) and tower in get_args(Tower)):
+        raise ValueError(f"tower={tower!r}: must be 'vision' or 'text', of a model that has both")
+    if isinstance(model, DualModel):
+        tower = tower or "vision"
+        return model.replace(**{tower: reduce(model.towers[tower], method, form=form, **settings)})
     if form is not None and form not in get_args(token_map.Form):
         raise ValueError(f"form={form!r}: must be one of {', '.join(get_args(token_map.Form))}")
     if isinstance(method, str):
@@ -268,27 +481,41 @@ def reduce(model: Model, method: str | Reducer, *, form: token_map.Form | None =
     return model._rebuilt((*model.methods, made), form)
 
 
-def save(model: Model, folder: str | Path) -> None:
-    """Writes weights, config and preprocessing as the model's family names them, and the reducers beside them.
+def save(model: Model | DualModel, folder: str | Path) -> None:
+    """Writes weights, config, preprocessing and tokenizer as the model's family names them, and the reducers beside.
 
     Nothing is left half-written: files appear under their names when they are whole.
 
     Raises:
         ValueError: a reducer that `load` could not make again, because it is not registered or its settings are no
-            plain values.
+            plain values; or a text encoder without its image encoder, which no family has.
     """
-    folder, params = Path(folder), dict(model.params["model"])
-    text = _reducers_text(model.methods)
-    if model.config.scan:
-        params["blocks"] = layers.unstack(params["blocks"])
-    config = dataclasses.replace(model.config, scan=False)
-    save_checkpoint(folder, config, params, model.preprocess, family=model.family)
+    folder, parts = Path(folder), dict(_parts(model))
+    if isinstance(model, Model) and isinstance(model.config, TextConfig):
+        raise ValueError("model is a text encoder alone; save the DualModel that it belongs to")
+    text = _reducers_text(parts)
+    trees = {tower: dict(part.params["model"]) for tower, part in parts.items()}
+    for tower, each in parts.items():
+        if each.config.scan:
+            trees[tower]["blocks"] = layers.unstack(trees[tower]["blocks"])
+    if isinstance(model, DualModel):
+        towers: dict[str, Any] = {t: dataclasses.replace(each.config, scan=False) for t, each in parts.items()}
+        config, params = dataclasses.replace(model.config, **towers), {**model.params, **trees}
+        family = model.vision.family
+    else:
+        config, params, family = dataclasses.replace(model.config, scan=False), trees[""], model.family
+    tokenizer = model.tokenizer if isinstance(model, DualModel) else None
+    save_checkpoint(folder, config, params, model.preprocess, family=family, tokenizer=tokenizer)
     for name in (REDUCERS, REDUCER_WEIGHTS):  # perhaps of an earlier model in this folder
         (folder / name).unlink(missing_ok=True)
-    if "reducers" in model.params:
-        leaves = jax.tree.leaves_with_path(model.params["reducers"])
+    learned = {
+        tower + jax.tree_util.keystr(key): np.asarray(leaf)
+        for tower, part in parts.items()
+        for key, leaf in jax.tree.leaves_with_path(part.params.get("reducers", {}))
+    }
+    if learned:
         part = folder / f"{REDUCER_WEIGHTS}.part"
-        save_file({jax.tree_util.keystr(key): np.asarray(leaf) for key, leaf in leaves}, part)
+        save_file(learned, part)
         part.replace(folder / REDUCER_WEIGHTS)
     if model.methods:
         part = folder / f"{REDUCERS}.part"
@@ -296,13 +523,19 @@ def save(model: Model, folder: str | Path) -> None:
         part.replace(folder / REDUCERS)
 
 
-def _reducers_text(methods: Sequence[Method]) -> str:
-    for method in methods:
+def _reducers_text(parts: Mapping[str, Model]) -> str:
+    methods = [(tower, method) for tower, part in parts.items() for method in part.methods]
+    for _, method in methods:
         if method.name not in reducers.REGISTRY:
             raise ValueError(f"reducer {method.name} is not registered: load could not make it; save model.unreduced")
     try:
-        return json.dumps([{"name": m.name, "settings": dict(m.settings)} for m in methods], indent=1)
+        return json.dumps(
+            [
+                {"name": m.name, "settings": dict(m.settings), **({"tower": tower} if tower else {})}
+                for tower, m in methods
+            ],
+            indent=1,
+        )
     except TypeError as error:
-        raise ValueError(
-            f"settings of {', '.join(m.name for m in methods)}: {error}, so that they cannot be saved"
-        ) from error
+        names = ", ".join(m.name for _, m in methods)
+        raise ValueError(f"settings of {names}: {error}, so that they cannot be saved") from error

@@ -12,15 +12,15 @@ class Solution:
     """What `solve` found.
 
     Attributes:
-        model: the reduced model.
+        model: the reduced model, of the kind that was given.
         settings: of the reducer, the knob included.
-        macs: of one image, the model's and the reducer's own together.
+        macs: of one input, the model's and the reducer's own together.
         relative: reached share of the unreduced model's MACs or mean tokens, whichever the target was.
         target: the share that was asked for.
         reachable: lowest and highest share within reach.
     """
 
-    model: api.Model
+    model: Any
     settings: dict[str, Any]
     macs: int
     relative: float
@@ -34,13 +34,20 @@ class Solution:
 
 
 def solve(
-    name: str, model: api.Model, *, macs: float | None = None, tokens: float | None = None, **settings: Any
+    name: str,
+    model: api.Model | api.DualModel,
+    *,
+    macs: float | None = None,
+    tokens: float | None = None,
+    tower: api.Tower = "vision",
+    **settings: Any,
 ) -> Solution:
     """The registered reducer `name`, with its knob set so that the cost comes nearest to the target.
 
     Args:
         name: a registered reducer.
         model: unreduced, or with reducers that stay.
+        tower: of a model with two, the one to reduce and to measure.
         macs: target share of this model's multiply-accumulates, in (0, 1].
         tokens: target share of its mean number of tokens entering the MLPs, in (0, 1]; give one of the two.
         settings: of the reducer, all but the knob.
@@ -50,6 +57,9 @@ def solve(
     """
     if (macs is None) == (tokens is None):
         raise ValueError(f"macs={macs}, tokens={tokens}: give one of the two")
+    if isinstance(model, api.DualModel):
+        solved = solve(name, model.towers[tower], macs=macs, tokens=tokens, **settings)
+        return dataclasses.replace(solved, model=model.replace(**{tower: solved.model}))
     target = macs if macs is not None else tokens
     assert target is not None
     if not 0 < target <= 1:
@@ -81,7 +91,7 @@ def solve(
     return Solution(reduced, found, reduced.cost().total, relative, target, reachable)
 
 
-def mean_tokens(model: api.Model) -> float:
+def mean_tokens(model: api.Model | api.DualModel) -> float:
     """Tokens that enter the MLP, mean over the blocks."""
     counts = model.token_counts()
     return math.fsum(counts) / len(counts)

@@ -1,6 +1,7 @@
 """Transformer blocks with hooks, and the stack of them that the encoders share. No block knows a method."""
 
 from collections.abc import Callable, Iterator, Sequence
+import dataclasses
 import math
 from typing import Any, Literal, Protocol, get_args
 
@@ -186,6 +187,7 @@ class Blocks(nnx.Module):
     """A model with `blocks`, unrolled, or stored stacked and scanned where no hook stands in a long run."""
 
     blocks: Any
+    cfg: Any
 
     def _make_blocks(self, cfg: BlockConfig, rngs: nnx.Rngs) -> None:
         blocks = [Block(cfg, rngs=rngs) for _ in range(cfg.depth)]
@@ -268,6 +270,21 @@ def _stacked(blocks: list[Block]) -> Block:
     graphdef, _ = nnx.split(blocks[0])
     states = [nnx.split(block)[1] for block in blocks]
     return nnx.merge(graphdef, jax.tree.map(lambda *leaves: jnp.stack(leaves), *states))
+
+
+def skeleton(kind: Callable[..., Blocks], cfg: Any) -> Blocks:
+    """The module of a config with shapes for parameters, at once whatever its depth: its blocks are all alike."""
+    plain = dataclasses.replace(cfg, depth=1, scan=False)
+    module = nnx.eval_shape(lambda: kind(plain, rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(module.blocks[0])
+    if cfg.scan:
+        deep = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((cfg.depth, *leaf.shape), leaf.dtype), state)
+        module.blocks = nnx.merge(graphdef, deep)
+    else:
+        params = nnx.to_pure_dict(state)  # of its own for every block
+        module.blocks = nnx.List([nnx.merge(graphdef, params) for _ in range(cfg.depth)])
+    module.cfg = cfg
+    return module
 
 
 def check_blocks(cfg: BlockConfig) -> None:

@@ -17,10 +17,12 @@ import re
 from typing import Any
 
 from flax import nnx
+import jax
+import numpy as np
 from safetensors.numpy import save_file
 
 from tokjax.errors import UserError
-from tokjax.models.layers import unstack
+from tokjax.models.layers import stack, unstack
 from tokjax.models.vit import ViT, ViTConfig
 from tokjax.pretrained import families, files, names
 from tokjax.pretrained.positions import resize_positions
@@ -45,6 +47,7 @@ class Checkpoint:
     params: dict[str, Any]
     preprocess: Preprocess | None
     source: dict[str, Any]
+    tokenizer: Any = None  # of a model with a text encoder
 
     @property
     def family(self) -> str:
@@ -63,6 +66,9 @@ def load_checkpoint(
     path_or_id: str | Path,
     image_size: int | tuple[int, int] | None = None,
     dtype: str | None = None,
+    *,
+    scan: bool = False,
+    place: Callable[[names.Path, np.ndarray], Any] = lambda path, array: array,
 ) -> Checkpoint:
     """Loads a ViT.
 
@@ -72,6 +78,8 @@ def load_checkpoint(
             that it belongs to does, and the preprocessing follows.
         dtype: of the model's activations (`config.dtype`: float32, bfloat16 or float16); parameters are float32
             whatever the file has.
+        scan: whether equal blocks come stacked, as a model with `config.scan` has them.
+        place: what becomes of every array as soon as it is made, given its path in the tree.
 
     Returns:
         The configuration, parameters, preprocessing and origin.
@@ -97,6 +105,9 @@ def load_checkpoint(
         params["pos_embed"] = resize_positions(
             params["pos_embed"], stored.table_prefix, stored.grid, config.grid, method, antialias
         )
+    if scan:
+        params, config = {**params, "blocks": stack(params["blocks"])}, dataclasses.replace(config, scan=True)
+    params = jax.tree.map_with_path(lambda path, array: place(tuple(key.key for key in path), array), params)
     source = {"path": str(found.path), "config": found.config, "family": family.side, "format": family.name}
     if preprocess is None and _KEY not in found.config:
         try:
@@ -130,10 +141,11 @@ def _understand(found: files.Files) -> tuple[families.Family, ViTConfig, Preproc
 
 def save_checkpoint(
     folder: str | Path,
-    config: ViTConfig,
+    config: Any,
     params: Mapping[str, Any],
     preprocess: Preprocess | None = None,
     family: str = "hf",
+    tokenizer: Any = None,
 ) -> None:
     """Writes `model.safetensors`, `config.json` and, if known, `preprocessor_config.json`.
 
