@@ -117,7 +117,8 @@ def test_an_empty_batch():
         (Image.new("RGB", (8, 8)), "one Pillow image"),
         ([noise(8, 8).astype(np.float32)], "float32"),
         ([noise(8, 8, 2)], r"\(8, 8, 2\)"),
-        (["cat.jpg"], "str"),
+        ("cat.jpg", "one str"),
+        ([3], "int"),
         ([Image.fromarray(np.zeros((8, 8), np.float32))], "'F'"),
     ],
 )

@@ -2,119 +2,69 @@
 
 A published accuracy belongs to one way of resizing and cropping. The ways that exist among vision transformers:
 
-* timm's evaluation: short side to floor(S / crop_pct), centre crop of S (`timm_eval`);
+* timm's evaluation: short side to floor(S / crop_pct), centre crop of S, or both sides ("squash") (`timm_eval`);
 * the DeiT and MAE scripts: short side to int(256 / 224 * S), bicubic, centre crop (`script_eval`);
-* Hugging Face's image processors: S x S whatever the aspect, or a short side; a crop or none (`from_processor`).
-
-Resizing is Pillow's own (uint8 between its two passes, kernels widened when shrinking), so the bytes are those of the
-published pipelines.
+* OpenAI's CLIP and OpenCLIP: short side to S, bicubic, centre crop of S, or both sides (`clip_eval`, `from_openclip`);
+* Hugging Face's image processors: S x S whatever the aspect, or a short side; a crop or none; DINOv3's resize numbers
+  between 0 and 1 instead of bytes (`from_processor`);
+* SigLIP2's NaFlex: the aspect stays, the number of patches is bounded (`naflex.Naflex`).
 """
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 import dataclasses
 import math
-import os
-from typing import Any, Literal
+import re
+from typing import Any, Literal, overload
 
 from jaxtyping import Float
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 
 from tokjax.errors import UserError
+from tokjax.pretrained.images import (
+    FILTERS,
+    CropRule,
+    Filter,
+    Images,
+    Picture,
+    centre_crop,
+    check_batch,
+    check_normalisation,
+    for_each,
+    normalise,
+    resize_and_crop,
+    resize_short,
+    resize_square,
+    short_size,
+    to_mode,
+)
+from tokjax.pretrained.naflex import HALF, Naflex
 
-Filter = Literal["bicubic", "bilinear"]
-CropRule = Literal["torchvision", "hf"]
-Images = Sequence[Image.Image | np.ndarray] | np.ndarray
+__all__ = [
+    "CLIP_MEAN",
+    "CLIP_STD",
+    "HALF",
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "Images",
+    "Naflex",
+    "Preprocess",
+    "centre_crop",
+    "clip_eval",
+    "from_dict",
+    "from_openclip",
+    "from_processor",
+    "resize_short",
+    "resize_square",
+    "script_eval",
+    "timm_eval",
+    "to_mode",
+    "to_processor",
+    "to_timm",
+]
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-HALF = (0.5, 0.5, 0.5)
-
-_FILTERS: dict[str, Image.Resampling] = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-
-
-def to_mode(image: Image.Image | np.ndarray, mode: Literal["RGB", "L"] = "RGB") -> Image.Image:
-    """Any 8 or 16 bit image as RGB (or grey), upright.
-
-    The orientation that a camera wrote into EXIF is applied. Grey is repeated, palettes are looked up, CMYK is
-    converted, alpha is dropped (not blended), 16 bit greys keep their upper 8 bits.
-
-    Args:
-        image: a Pillow image, or uint8 `[H, W]`, `[H, W, 1]`, `[H, W, 3]` or `[H, W, 4]`.
-        mode: "RGB" or "L".
-
-    Raises:
-        ValueError: an array of another type or shape, or a Pillow image of 32 bit pixels (modes "I" and "F").
-    """
-    if isinstance(image, np.ndarray):
-        pixels = image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image
-        if (
-            pixels.dtype != np.uint8
-            or pixels.ndim not in (2, 3)
-            or (pixels.ndim == 3 and pixels.shape[-1] not in (3, 4))
-        ):
-            raise ValueError(
-                f"An image array has shape {image.shape} and type {image.dtype}; allowed is uint8 "
-                "[height, width] or [height, width, 1, 3 or 4 channels]."
-            )
-        image = Image.fromarray(pixels)
-    elif not isinstance(image, Image.Image):
-        raise ValueError(f"An image is a {type(image).__name__}; allowed are Pillow images and uint8 arrays.")
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError(
-            f"An image has mode {image.mode!r} (32 bit pixels), whose range is unknown; make it uint8 first."
-        )
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image if image.mode == mode else image.convert(mode)
-
-
-def resize_square(image: Image.Image, size: tuple[int, int], filter: Filter = "bicubic") -> Image.Image:
-    """Resizes to exactly `size` (height, width), whatever the aspect."""
-    return image.resize((size[1], size[0]), _FILTERS[filter])
-
-
-def resize_short(image: Image.Image, size: int | tuple[int, int], filter: Filter = "bicubic") -> Image.Image:
-    """Resizes and keeps the aspect.
-
-    Args:
-        image: a Pillow image.
-        size: the new length of the short side (the long one becomes int(size * long / short), as in torchvision), or a
-            (height, width) that the result just covers (timm's rule for targets that are not square).
-        filter: "bicubic" or "bilinear".
-    """
-    width, height = image.size
-    if isinstance(size, int):
-        short, long = min(width, height), max(width, height)
-        other = int(size * long / short)
-        new = (size, other) if height <= width else (other, size)
-    else:
-        ratio = min(height / size[0], width / size[1])
-        new = (round(height / ratio), round(width / ratio))
-    return resize_square(image, new, filter)
-
-
-def centre_crop(image: Image.Image, size: tuple[int, int], rule: CropRule = "torchvision") -> Image.Image:
-    """The middle `size` (height, width) of an image that is at least as large.
-
-    Args:
-        image: a Pillow image.
-        size: height and width.
-        rule: where the odd pixel goes: "torchvision" rounds half to even, "hf" rounds down.
-
-    Raises:
-        ValueError: the image is smaller than the crop.
-    """
-    width, height = image.size
-    spare = (height - size[0], width - size[1])
-    if min(spare) < 0:
-        raise ValueError(f"An image of {height}x{width} pixels is smaller than the crop of {size[0]}x{size[1]}.")
-    top, left = (round(s / 2) if rule == "torchvision" else s // 2 for s in spare)
-    return image.crop((left, top, left + size[1], top + size[0]))
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +81,10 @@ class Preprocess:
         mean: subtracted from the scaled pixels, one value a channel: three for RGB, one for grey.
         std: what the rest is divided by, likewise.
         rescale: what bytes are multiplied by first.
+        float_resize: whether pixels are scaled before resizing and never rounded to bytes, as DINOv3 does.
+
+    Raises:
+        ValueError: a value out of range, or values that do not fit together.
     """
 
     size: tuple[int, int]
@@ -142,6 +96,7 @@ class Preprocess:
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     rescale: float = 1 / 255
+    float_resize: bool = False
 
     def __post_init__(self):
         for field in ("size", "resize_to", "mean", "std"):
@@ -149,14 +104,13 @@ class Preprocess:
                 object.__setattr__(self, field, tuple(getattr(self, field)))
         if isinstance(self.resize_to, tuple) and len(set(self.resize_to)) == 1:
             object.__setattr__(self, "resize_to", self.resize_to[0])  # one way to say it
-        allowed = {"resize": ("short", "square"), "filter": tuple(_FILTERS), "crop_rule": ("torchvision", "hf")}
+        allowed = {"resize": ("short", "square"), "filter": tuple(FILTERS), "crop_rule": ("torchvision", "hf")}
         for field, values in allowed.items():
             if getattr(self, field) not in values:
                 raise ValueError(f"{field} = {getattr(self, field)!r}; allowed are {', '.join(map(repr, values))}.")
         if len(self.size) != 2 or min(*self.size, *self._resize_to) < 1:
             raise ValueError(f"size = {self.size}, resize_to = {self.resize_to}; lengths must be (height, width) >= 1.")
-        if len(self.mean) not in (1, 3) or len(self.std) != len(self.mean) or min(self.std) <= 0:
-            raise ValueError(f"mean = {self.mean}, std = {self.std}; needed are 3 (RGB) or 1 (grey) each, std above 0.")
+        check_normalisation(self.mean, self.std, self.rescale)
         if self.crop and any(r < s for r, s in zip(self._resize_to, self.size, strict=True)):
             raise ValueError(f"resize_to = {self.resize_to} is smaller than the crop, size = {self.size}.")
         if not self.crop and (self.resize != "square" or self._resize_to != tuple(self.size)):
@@ -173,44 +127,50 @@ class Preprocess:
         """Preprocesses a batch, several images at a time in threads.
 
         Args:
-            images: a sequence of Pillow images and uint8 `[H, W(, channels)]` arrays of any sizes, or one uint8 array
-                `[B, H, W, channels]`. See `to_mode` for what becomes of grey, alpha, palettes and orientation.
+            images: a sequence of Pillow images, uint8 `[H, W(, channels)]` arrays, paths and encoded bytes, of any
+                sizes, or one uint8 array `[B, H, W, channels]`. Files are read and decoded in the threads. See
+                `to_mode` for what becomes of grey, alpha, palettes and orientation.
 
         Returns:
             float32 `[B, *size, channels]`, with as many channels as `mean` has values.
 
         Raises:
+            UserError: a file that cannot be decoded.
             ValueError: not a batch, or an image that is not 8 or 16 bit.
         """
-        if isinstance(images, np.ndarray) and images.ndim != 4:
-            raise ValueError(f"images has shape {images.shape}; allowed are a list of images and [B, H, W, channels].")
-        if isinstance(images, Image.Image):
-            raise ValueError("images is one Pillow image; allowed are a list of images and [B, H, W, channels].")
-        out = np.empty((len(images), *self.size, len(self.mean)), np.float32)
+        check_batch(images)
+        (height, width), channels = self.size, len(self.mean)
+        out = np.empty((len(images), height, width * channels), np.float32)
+        mean, std = (np.array(v * width, np.float32) for v in (self.mean, self.std))
 
-        def fill(i: int) -> None:
-            pixels = np.asarray(self.transform(images[i]))
-            out[i] = pixels.reshape(out.shape[1:])
-            out[i] *= np.float32(self.rescale)
-            out[i] -= np.array(self.mean, np.float32)
-            out[i] /= np.array(self.std, np.float32)
+        def fill(i: int, image: Picture) -> None:
+            if self.float_resize:
+                normalise(self._floats(image).reshape(height, -1), mean, std, out=out[i])
+            else:
+                pixels = np.asarray(self.transform(image)).reshape(height, -1)
+                normalise(pixels, mean, std, self.rescale, out=out[i])
 
-        if len(images) < 2:
-            for i in range(len(images)):
-                fill(i)
-            return out
-        with ThreadPoolExecutor(min(len(images), os.cpu_count() or 1, 16)) as pool:
-            list(pool.map(fill, range(len(images))))
-        return out
+        for_each(images, fill)
+        return out.reshape(len(images), height, width, channels)
 
-    def transform(self, image: Image.Image | np.ndarray) -> Image.Image:
-        """One image converted, resized and cropped, still in bytes."""
-        image = to_mode(image, "RGB" if len(self.mean) == 3 else "L")
+    def transform(self, image: Picture) -> Image.Image:
+        """One image converted, resized and cropped, in bytes (with `float_resize`: what the call itself rounds not)."""
+        return self._resize(self._converted(image))
+
+    def _converted(self, image: Picture) -> Image.Image:
+        return to_mode(image, "RGB" if len(self.mean) == 3 else "L")
+
+    def _resize(self, image: Image.Image) -> Image.Image:
+        resized = self._resize_to
         if self.resize == "short":
-            image = resize_short(image, self.resize_to, self.filter)
-        else:
-            image = resize_square(image, self._resize_to, self.filter)
-        return centre_crop(image, self.size, self.crop_rule) if self.crop else image
+            resized = short_size(image.height, image.width, self.resize_to)
+        return resize_and_crop(image, resized, self.size, self.filter, self.crop_rule)
+
+    def _floats(self, image: Picture) -> np.ndarray:
+        """Scaled, then resized and cropped: float32 `[*size, channels]`."""
+        bands = self._converted(image).split()
+        scaled = (np.asarray(band) * np.float32(self.rescale) for band in bands)
+        return np.stack([np.asarray(self._resize(Image.fromarray(band))) for band in scaled], -1)
 
     def at(self, size: tuple[int, int]) -> "Preprocess":
         """The same for another image size: what is resized to grows in proportion, rounded down."""
@@ -268,89 +228,225 @@ def script_eval(size: tuple[int, int]) -> Preprocess:
     return Preprocess(size=size, resize_to=(height, width))
 
 
-def from_processor(processor: dict[str, Any], default: Preprocess) -> Preprocess:
-    """Reads a `preprocessor_config.json` of Hugging Face.
+def clip_eval(size: tuple[int, int]) -> Preprocess:
+    """OpenAI's CLIP: short side to the size, bicubic, centre crop, CLIP's mean and deviation."""
+    return Preprocess(size=size, resize_to=size, mean=CLIP_MEAN, std=CLIP_STD)
 
-    Understood are `size` as a number (both sides, as in the `vit` and `deit` processors), as `{"height", "width"}` and
-    as `{"shortest_edge"}`; `crop_size` likewise; `resample` (2 bilinear, 3 bicubic); `rescale_factor`, `image_mean`,
-    `image_std` and the `do_` switches of cropping, scaling and normalising. Resizing is always done: `do_resize` false
-    promises images of the right size, for which it changes nothing.
+
+def from_openclip(preprocess_cfg: dict[str, Any], size: tuple[int, int]) -> Preprocess:
+    """OpenCLIP's evaluation transform, from `preprocess_cfg` of an `open_clip_config.json`.
+
+    Args:
+        preprocess_cfg: `size`, `mean`, `std`, `interpolation` and `resize_mode`; where it is silent, `clip_eval` holds.
+        size: height and width of the model's images.
+
+    Raises:
+        UserError: a filter or mode that is not known ("longest" pads), or values out of range.
+    """
+    given = {key: value for key, value in preprocess_cfg.items() if value is not None}
+    mode, filter = given.get("resize_mode", "shortest"), given.get("interpolation", "bicubic")
+    modes: dict[str, Literal["short", "square"]] = {"shortest": "short", "squash": "square"}
+    if mode not in modes or filter not in (*FILTERS, "random"):
+        raise UserError(
+            f"interpolation = {filter!r}, resize_mode = {mode!r} in preprocess_cfg of open_clip_config.json; "
+            f"allowed are {', '.join(FILTERS)} and {', '.join(modes)}."
+        )
+    try:
+        size = _sides(given.get("size", size))
+        return Preprocess(
+            size=size,
+            resize=modes[mode],
+            resize_to=size,
+            filter="bilinear" if filter == "bilinear" else "bicubic",  # "random" is for training
+            crop=mode == "shortest",
+            mean=_channels(given.get("mean", CLIP_MEAN), 3),
+            std=_channels(given.get("std", CLIP_STD), 3),
+        )
+    except (ValueError, TypeError) as error:
+        raise UserError(f"preprocess_cfg of open_clip_config.json: {error}") from error
+
+
+def from_dict(values: dict[str, Any]) -> Preprocess | Naflex:
+    """The inverse of either class's `to_dict`; raises ValueError for unknown names and values out of range."""
+    return Naflex.from_dict(values) if "max_patches" in values else Preprocess.from_dict(values)
+
+
+_FILE = "preprocessor_config.json"
+_RESAMPLE: dict[int, Filter] = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+
+# What transformers' processors do where a file is silent. A size that is one number is both sides' for processors that
+# resize to squares, else the short side's.
+_SQUARE = Preprocess((224, 224), "square", 224, crop=False, crop_rule="hf", mean=HALF, std=HALF)
+_SHORT = Preprocess((224, 224), "short", 224, crop_rule="hf", mean=CLIP_MEAN, std=CLIP_STD)
+_PROCESSORS: dict[str, Preprocess] = {
+    "ViT": dataclasses.replace(_SQUARE, filter="bilinear"),
+    "Siglip": _SQUARE,
+    "DeiT": dataclasses.replace(_SQUARE, resize_to=256, crop=True),
+    "CLIP": _SHORT,
+    "Bit": _SHORT,
+    "DINOv3ViT": dataclasses.replace(
+        _SQUARE, filter="bilinear", mean=IMAGENET_MEAN, std=IMAGENET_STD, float_resize=True
+    ),
+}
+# Steps that other processors have, and that would change the pixels.
+_OTHER_STEPS = ("crop_pct", "do_pad", "do_flip_channel_order", "do_grayscale", "do_thumbnail", "do_image_splitting")
+
+
+@overload
+def from_processor(processor: dict[str, Any], default: Preprocess) -> Preprocess: ...
+@overload
+def from_processor(processor: dict[str, Any], default: Naflex) -> Naflex: ...
+def from_processor(processor: dict[str, Any], default: Preprocess | Naflex) -> Preprocess | Naflex:
+    """Reads a `preprocessor_config.json` of Hugging Face (or the `image_processor` of a `processor_config.json`).
+
+    Processors of the classes CLIP, Bit (DINOv2), DINOv3ViT, ViT, DeiT and Siglip, slow or fast, mean what transformers
+    takes them for, also where the file is silent. Of others, and where no class is named, the keys are understood:
+    `size` as a number, as `{"height", "width"}` and as `{"shortest_edge"}`; `crop_size` likewise; `resample` (2
+    bilinear, 3 bicubic); `rescale_factor`, `image_mean`, `image_std` and the `do_` switches of cropping, scaling and
+    normalising. Resizing is always done: `do_resize` false promises images of the right size, for which it changes
+    nothing. A `Naflex` is read from the class Siglip2.
 
     Args:
         processor: the file's content.
-        default: what holds where the file is silent.
+        default: what holds where file and class are silent; its type is the type of what is returned.
 
     Raises:
-        UserError: a size or filter in a form that is not understood.
+        UserError: a class, step, size or filter that is not understood, or that makes other inputs than the default.
     """
-    processor = {key: value for key, value in processor.items() if value is not None}
-    size = processor.get("size", default.resize_to)
-    resize, crop = default.resize, processor.get("do_center_crop", "crop_size" in processor or "size" not in processor)
-    if "size" in processor:
-        resize = "short" if isinstance(size, dict) and "shortest_edge" in size else "square"
-    resize_to = _processor_size(size)
-    target = _processor_size(processor.get("crop_size", default.size)) if crop else resize_to
-    filters: dict[int, Filter] = {2: "bilinear", 3: "bicubic"}
-    resample = processor.get("resample")
-    if resample is not None and resample not in filters:
-        raise UserError(f"resample = {resample} in preprocessor_config.json; allowed are 2 (bilinear) and 3 (bicubic).")
-    normalise = processor.get("do_normalize", True)
-    mean = processor.get("image_mean", default.mean) if normalise else [0.0] * len(default.mean)
-    std = processor.get("image_std", default.std) if normalise else [1.0] * len(default.std)
-    rescale = processor.get("rescale_factor", default.rescale) if processor.get("do_rescale", True) else 1.0
+    nested = processor.get("image_processor", processor)
+    processor = {key: value for key, value in nested.items() if value is not None}
+    name = processor.get("image_processor_type", processor.get("feature_extractor_type", ""))
+    kind = re.sub(r"(ImageProcessor(Fast|Pil)?|FeatureExtractor)$", "", name)
+    if kind and (kind == "Siglip2") != isinstance(default, Naflex):
+        made = "patches of images of any size" if kind == "Siglip2" else "images of one size"
+        raise UserError(f"{_FILE}: {name} makes {made}, which is not what the model takes.")
+    steps = [step for step in _OTHER_STEPS if processor.get(step)]
+    if kind not in _PROCESSORS and steps:
+        raise UserError(f"{_FILE}: {name or 'the processor'} has the step {steps[0]}, which is not known here.")
     try:
-        return Preprocess(
-            size=target,
-            resize=resize,
-            resize_to=resize_to,
-            filter=filters[resample] if resample is not None else default.filter,
-            crop=crop,
-            crop_rule="hf",
-            mean=tuple(mean),
-            std=tuple(std),
-            rescale=rescale,
-        )
-    except ValueError as error:
-        raise UserError(f"preprocessor_config.json: {error}") from error
+        if isinstance(default, Naflex):
+            return _naflex_of(processor, default)
+        return _preprocess_of(processor, kind, _PROCESSORS.get(kind, default))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{_FILE}: {error}") from error
 
 
-def _processor_size(size: Any) -> tuple[int, int]:
-    if isinstance(size, int):
-        return size, size
-    if isinstance(size, dict) and "shortest_edge" in size:
-        return size["shortest_edge"], size["shortest_edge"]
-    if isinstance(size, dict) and {"height", "width"} <= set(size):
-        return size["height"], size["width"]
-    if isinstance(size, list | tuple) and len(size) == 2:
-        return size[0], size[1]
-    raise UserError(
-        f"size = {size!r} in preprocessor_config.json; needed is a number, height and width, or shortest_edge."
+def _preprocess_of(processor: dict[str, Any], kind: str, base: Preprocess) -> Preprocess:
+    size, resize, resize_to = processor.get("size"), base.resize, base._resize_to
+    silent = base.crop if kind in _PROCESSORS or size is None else "crop_size" in processor
+    crop = processor.get("do_center_crop", silent)
+    if size is not None:
+        resize_to = _sides(size)
+        if not isinstance(size, int):
+            resize = "short" if "shortest_edge" in size else "square"
+        elif kind not in _PROCESSORS and not crop:
+            resize = "square"
+    return Preprocess(
+        size=_sides(processor.get("crop_size", base.size)) if crop else resize_to,
+        resize=resize,
+        resize_to=resize_to,
+        crop=crop,
+        crop_rule="hf",
+        float_resize=base.float_resize,
+        **_pixels_of(processor, base),
     )
 
 
-def to_processor(preprocess: Preprocess) -> dict[str, Any] | None:
-    """The `preprocessor_config.json` by which transformers does the same, None where it has no such processor."""
-    short = preprocess.resize == "short"
-    if short and not isinstance(preprocess.resize_to, int):
-        return None
-    height, width = preprocess._resize_to
-    kinds = {
-        (False, False): "ViTImageProcessor",
-        (False, True): "DeiTImageProcessor",
-        (True, True): "CLIPImageProcessor",
-    }
+def _naflex_of(processor: dict[str, Any], base: Naflex) -> Naflex:
+    return Naflex(
+        patch_size=processor.get("patch_size", base.patch_size),
+        max_patches=processor.get("max_num_patches", base.max_patches),
+        resize=processor.get("do_resize", base.resize),
+        **_pixels_of(processor, base),
+    )
+
+
+def _pixels_of(processor: dict[str, Any], base: Preprocess | Naflex) -> dict[str, Any]:
+    """Filter, mean, deviation and factor."""
+    resample, channels = processor.get("resample"), len(base.mean)
+    if resample is not None and resample not in _RESAMPLE:
+        raise ValueError(f"resample = {resample}; allowed are 2 (bilinear) and 3 (bicubic).")
+    normalised = processor.get("do_normalize", True)
     return {
-        "image_processor_type": kinds[short, preprocess.crop],
-        "do_resize": True,
-        "size": {"shortest_edge": preprocess.resize_to} if short else {"height": height, "width": width},
+        "filter": base.filter if resample is None else _RESAMPLE[resample],
+        "mean": _channels(processor.get("image_mean", base.mean) if normalised else 0.0, channels),
+        "std": _channels(processor.get("image_std", base.std) if normalised else 1.0, channels),
+        "rescale": processor.get("rescale_factor", base.rescale) if processor.get("do_rescale", True) else 1.0,
+    }
+
+
+def _channels(value: float | Sequence[float], channels: int) -> tuple[float, ...]:
+    return (value,) * channels if isinstance(value, int | float) else tuple(value)
+
+
+def _sides(size: Any) -> tuple[int, int]:
+    """Height and width from the ways of writing them; a short side is returned twice."""
+    if isinstance(size, dict):
+        size = {key: value for key, value in size.items() if value is not None}
+        if size.keys() == {"shortest_edge"}:
+            return size["shortest_edge"], size["shortest_edge"]
+        if size.keys() == {"height", "width"}:
+            return size["height"], size["width"]
+    elif isinstance(size, int):
+        return size, size
+    elif isinstance(size, list | tuple) and len(size) == 2:
+        return size[0], size[1]
+    raise ValueError(f"size = {size!r}; needed is a number, height and width, or shortest_edge.")
+
+
+def to_processor(preprocess: Preprocess | Naflex, name: str | None = None) -> dict[str, Any] | None:
+    """The `preprocessor_config.json` by which transformers does the same, None where it has no such processor.
+
+    Centre crops differ by a pixel where torchvision rounds an odd half up and transformers down.
+
+    Args:
+        preprocess: what to write.
+        name: the class to write, such as "SiglipImageProcessor"; None: one that does it.
+
+    Raises:
+        ValueError: a class that is not known here or does something else.
+    """
+    if isinstance(preprocess, Naflex):
+        suits = {"Siglip2"}
+        steps: dict[str, Any] = {
+            "do_resize": preprocess.resize,
+            "patch_size": preprocess.patch_size,
+            "max_num_patches": preprocess.max_patches,
+        }
+    else:
+        short = preprocess.resize == "short"
+        if (short and not isinstance(preprocess.resize_to, int)) or (preprocess.float_resize and short):
+            return None
+        suits = {
+            kind
+            for kind, base in _PROCESSORS.items()
+            if (base.resize, base.crop, base.float_resize)
+            == (preprocess.resize, preprocess.crop, preprocess.float_resize)
+        }
+        if not suits:
+            return None
+        height, width = preprocess._resize_to
+        steps = {
+            "do_resize": True,
+            "size": {"shortest_edge": height} if short else {"height": height, "width": width},
+            "do_center_crop": preprocess.crop,
+        }
+        if preprocess.crop:
+            steps["crop_size"] = {"height": preprocess.size[0], "width": preprocess.size[1]}
+    suffix = "ImageProcessorFast" if suits == {"DINOv3ViT"} else "ImageProcessor"  # there is no slow one of DINOv3
+    names = [kind + suffix for kind in (*_PROCESSORS, "Siglip2") if kind in suits]
+    if name is not None and name not in names:
+        raise ValueError(f"name = {name!r}; what does the same is {' or '.join(names)}.")
+    return {
+        "image_processor_type": name or names[0],
+        **steps,
         "resample": 3 if preprocess.filter == "bicubic" else 2,
-        "do_center_crop": preprocess.crop,
-        "crop_size": {"height": preprocess.size[0], "width": preprocess.size[1]},
         "do_rescale": True,
         "rescale_factor": preprocess.rescale,
         "do_normalize": True,
         "image_mean": list(preprocess.mean),
         "image_std": list(preprocess.std),
+        "do_convert_rgb": len(preprocess.mean) == 3,
     }
 
 
