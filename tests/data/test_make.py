@@ -1,3 +1,6 @@
+import json
+
+from image_files import encode, plain
 import ml_collections
 import numpy as np
 import pytest
@@ -120,3 +123,94 @@ def test_wrong_fields_are_one_clear_line(fields, message):
     with pytest.raises(UserError, match=message) as error:
         data.make(ml_collections.ConfigDict(fields), "train", batch_size=8, train=True)
     assert "\n" not in str(error.value)
+
+
+def words(texts):
+    return np.array([[len(text), text.count("r")] for text in texts], np.int32)
+
+
+class TestOtherTasks:
+    def test_scenes(self):
+        fields = config(source="scenes", image_size=(48, 48), **{"augment.crop": "none", "scenes.train_count": 40})
+        fields.scenes.test_count = 10
+        train = data.make(fields, "train", batch_size=8, train=True, tokenizer=words)
+        batch = next(iter(train))
+        assert {name: (array.dtype.name, array.shape) for name, array in batch.items()} == {
+            "image": ("float32", (8, 48, 48, 3)),
+            "label": ("int32", (8,)),
+            "valid": ("bool", (8,)),
+            "segmentation": ("int32", (8, 6, 6)),
+            "depth": ("float32", (8, 6, 6)),
+            "ids": ("int32", (8, 2)),
+        }
+        assert len(train.source) == 40
+        (first, second) = data.make(fields, "test", batch_size=8, train=False)
+        scenes = data.Scenes("test", count=10)
+        np.testing.assert_array_equal(first["image"][3], data.Normalise()(scenes[3]["image"][None])[0])
+        np.testing.assert_array_equal(second["segmentation"][:2], [scenes[i]["segmentation"] for i in (8, 9)])
+        assert "ids" not in first and second["valid"].tolist() == [True] * 2 + [False] * 6
+
+    def test_every_option_of_scenes_arrives(self):
+        options = {"digits": (2, 2), "colours": False, "distinct": True, "test_count": 5, "seed": 3}
+        fields = config(source="scenes", image_size=(32, 64), patch_size=4)
+        fields.scenes.update(options)
+        source = data.make(fields, "test", batch_size=4, train=False).source
+        count = options.pop("test_count")
+        want = data.Scenes("test", size=(32, 64), patch_size=4, count=count, **options)
+        assert source.scenes == want.scenes and source.fields == want.fields
+
+    def test_places_do_not_move(self):
+        for augment in ({"augment.crop": "pad"}, {"augment.crop": "none", "augment.flip": True}):
+            fields = config(source="scenes", image_size=(48, 48), **augment, **{"scenes.train_count": 9})
+            with pytest.raises(UserError, match=r"neither augment.flip nor augment.crop"):
+                data.make(fields, "train", batch_size=8, train=True)
+        test = config(source="scenes", image_size=(48, 48), **{"scenes.test_count": 9, "resize.crop_pct": 0.5})
+        other = data.Evaluation((48, 48), crop_pct=0.9)
+        given, own = (data.make(test, "test", batch_size=9, train=False, transform=t) for t in (other, None))
+        np.testing.assert_array_equal(next(iter(given))["image"], next(iter(own))["image"])
+        with pytest.raises(UserError, match=r"image_size is \(48, 48\), the model's images are \(32, 32\)"):
+            data.make(test, "test", batch_size=9, train=False, transform=data.Evaluation((32, 32)))
+
+    def test_captions(self, tmp_path):
+        write_captions(tmp_path)
+        fields = config(source="captions", path=str(tmp_path), image_size=(8, 8), **{"augment.crop": "none"})
+        train = data.make(fields, "train", batch_size=3, train=True, tokenizer=words)
+        test = data.make(fields, "test", batch_size=3, train=False, tokenizer=words)
+        assert (len(train.source), len(test.source)) == (6, 3)
+        assert test.source.captions[1] == ("rr", "a b")
+        (batch,) = test
+        assert batch["ids"].tolist() == [[1, 1], [2, 2], [3, 3]] and batch["label"].tolist() == [0, 1, 2]
+        assert {tuple(row) for row in next(iter(train))["ids"]} <= {(1, 1), (2, 2), (3, 3), (3, 0)}
+
+    def test_segmentation(self, tmp_path):
+        for split in ("train", "test"):
+            for folder in ("images", "labels"):
+                (tmp_path / split / folder).mkdir(parents=True)
+            for i in range(2):
+                (tmp_path / split / "images" / f"{i}.png").write_bytes(encode(plain(i)))
+                (tmp_path / split / "labels" / f"{i}.png").write_bytes(encode(np.full((8, 8), i, np.uint8)))
+        fields = config(source="segmentation", path=str(tmp_path), image_size=(16, 16), patch_size=8, classes=2)
+        (batch,) = data.make(fields, "test", batch_size=2, train=False)
+        assert batch["segmentation"].tolist() == [[[0, 0], [0, 0]], [[1, 1], [1, 1]]]
+
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            ({"source": "scenes", "scenes": {"dogs": 3}}, "unknown field of scenes 'dogs'; choose from colours"),
+            ({"source": "scenes", "scenes": {"digits": (0, 1)}}, "data config: digits must be"),
+            ({"source": "scenes", "patch_size": 5}, "data config: size must be .* whole patches of 5"),
+            ({"source": "captions"}, "'captions' needs a path"),
+        ],
+    )
+    def test_wrong_fields(self, fields, message):
+        with pytest.raises(UserError, match=message):
+            data.make(ml_collections.ConfigDict(fields), "train", batch_size=8, train=True)
+
+
+def write_captions(folder) -> None:
+    for split in ("train", "test"):
+        (folder / split).mkdir()
+        for i in range(3):
+            (folder / split / f"{i}.png").write_bytes(encode(plain(i)))
+        rows = [{"file": f"{i}.png", "caption": ["r" * (i + 1), "a b"]} for i in range(3)]
+        (folder / split / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -140,9 +140,9 @@ class TestSegmentation:
         np.testing.assert_array_equal(matrix, sum(confusion(p, t, 6) for p, t in zip(pred, label, strict=True)))
 
     def test_wrong_arguments(self):
-        with pytest.raises(ValueError, match="label must be in .*255"):
+        with pytest.raises(ValueError, match=r"label must be in .*255"):
             confusion(np.zeros(2, int), np.array([0, 255]), 3, ignore=None)
-        with pytest.raises(ValueError, match="pred must be in .*, got -1"):
+        with pytest.raises(ValueError, match=r"pred must be in .*, got -1"):
             confusion(np.array([-1]), np.array([0]), 3)
         with pytest.raises(ValueError, match="must be the same"):
             confusion(np.zeros(2, int), np.zeros(3, int), 3)

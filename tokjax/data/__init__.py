@@ -1,18 +1,27 @@
 """Images for training and evaluation: `make(config, split, ...)` opens a source and returns a `Loader`.
 
-`sources` reads, `transforms` changes, `loader` batches.
+`sources` reads (`scenes`, `captions` and `dense` more than images and labels), `transforms` changes,
+`loader` batches.
 """
 
+from collections.abc import Callable, Sequence
+
+from jaxtyping import Int32
 import ml_collections
 from ml_collections import config_dict
+import numpy as np
 
+from tokjax.data.captions import Captions, Tokenized
+from tokjax.data.dense import SegmentationFolder
 from tokjax.data.loader import Batch, Loader, LoaderIterator, Transform
+from tokjax.data.scenes import Scenes
 from tokjax.data.sources import Digits, ImageFolder, Parquet, Source, keep_decoded, open_source, subset
 from tokjax.data.transforms import Evaluation, ImageError, Mix, Normalise, Training
 from tokjax.errors import UserError
 
 __all__ = [
     "Batch",
+    "Captions",
     "Digits",
     "Evaluation",
     "ImageError",
@@ -22,7 +31,10 @@ __all__ = [
     "Mix",
     "Normalise",
     "Parquet",
+    "Scenes",
+    "SegmentationFolder",
     "Source",
+    "Tokenized",
     "Training",
     "default_config",
     "keep_decoded",
@@ -35,8 +47,10 @@ __all__ = [
 def default_config() -> ml_collections.ConfigDict:
     """The data config of the embedded digits, every field with its meaning; configs start from it."""
     config = ml_collections.ConfigDict()
-    config.source = "auto"  # digits, parquet, imagefolder; auto: digits without a path, else what the folder holds
-    config.path = ""  # the folder of parquet and imagefolder
+    # digits, parquet, imagefolder, scenes, captions, segmentation; auto: digits without a path, else parquet or
+    # imagefolder, what the folder holds
+    config.source = "auto"
+    config.path = ""  # the folder of the data, except for digits and scenes
     config.train_split = "train"
     config.test_split = "test"  # val, validation and test stand for each other
     config.image_column = config_dict.placeholder(str)  # of parquet; None: found by its type
@@ -46,6 +60,8 @@ def default_config() -> ml_collections.ConfigDict:
     config.subset = config_dict.placeholder(int)  # this many training images, classes in proportion; None: all
     config.test_subset = config_dict.placeholder(int)
     config.image_size = (32, 32)  # height, width
+    config.patch_size = 8  # of the labels of scenes and segmentation; 1: one for every pixel
+    config.classes = config_dict.placeholder(int)  # of segmentation; None: those of its classes.txt
     config.mean = (0.5, 0.5, 0.5)  # of pixels in 0..1; ImageNet: (0.485, 0.456, 0.406) and (0.229, 0.224, 0.225)
     config.std = (0.5, 0.5, 0.5)
     config.bad_image_limit = 0  # images that may fail to decode before it is an error
@@ -54,6 +70,14 @@ def default_config() -> ml_collections.ConfigDict:
     config.resize = resize = ml_collections.ConfigDict()  # evaluation, and training unless crop is resized
     resize.mode = "short"  # short: keep the aspect ratio and cut the centre; square: stretch
     resize.crop_pct = 1.0  # share of the side that the centre cut keeps; ImageNet: 0.875 to 1.0
+
+    config.scenes = scenes = ml_collections.ConfigDict()  # see Scenes
+    scenes.digits = (1, 3)  # fewest and most in a scene
+    scenes.colours = True
+    scenes.distinct = False  # no two scenes of a split show the same
+    scenes.train_count = 8192
+    scenes.test_count = 1024
+    scenes.seed = 0
 
     config.augment = augment = ml_collections.ConfigDict()  # training only
     augment.flip = False  # left-right mirror images; not for digits
@@ -81,8 +105,12 @@ def make(
     num_epochs: int | None = None,
     transform: Transform | None = None,
     normalise: Normalise | None = None,
+    tokenizer: Callable[[Sequence[str]], Int32[np.ndarray, "B T"]] | None = None,
 ) -> Loader:
     """Opens a split and returns its loader.
+
+    Scenes and segmentation come with labels of places: they bring their images to `image_size` themselves, and training
+    must leave the pixels where they are (`augment.flip` False, `augment.crop` none).
 
     Args:
         config: fields of `default_config`; those that are missing have its values.
@@ -93,24 +121,42 @@ def make(
         process_index: None: jax's.
         process_count: None: jax's.
         num_epochs: None: endless in training, one in evaluation.
-        transform: in place of the config's resizing and augmentation, such as that of a pretrained model.
+        transform: in place of the config's resizing and augmentation, such as that of a pretrained model. Scenes and
+            segmentation do without it; its size must be `image_size`.
         normalise: in place of the config's mean and std.
+        tokenizer: of the captions; batches then have `ids`. In training every caption is an example.
 
     Raises:
         UserError: a field that does not exist or has a wrong value, or whatever the source or the loader finds.
     """
     config = _complete(config)
     name = {"train": config.train_split, "test": config.test_split}.get(split, split)
-    source = open_source(config, name)
+    try:
+        source = open_source(config, name, train)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"data config: {error}") from error
     part = config.subset if split in ("train", config.train_split) else config.test_subset
     augment, resize = config.augment, config.resize
     try:
         if part is not None:
             source = subset(source, part)
+        if tokenizer is not None:
+            source = Tokenized(source, tokenizer)
         source = keep_decoded(source, int(config.decoded_gb * (1 << 30)))
         size = tuple(config.image_size)
         mix = None
-        if transform is not None:
+        if getattr(source, "dense", False):
+            if transform is not None and tuple(transform.size) != size:
+                raise UserError(f"data config: image_size is {size}, the model's images are {tuple(transform.size)}")
+            if train and (augment.flip or augment.crop not in ("none", "", None)):
+                raise UserError(
+                    f"data config: labels of places allow neither augment.flip nor augment.crop: set them to False and "
+                    f"'none', got {augment.flip} and {augment.crop!r}"
+                )
+            transform = Evaluation(size)  # of images that have this size: nothing
+        elif transform is not None:
             pass
         elif train:
             transform = Training(
@@ -157,7 +203,7 @@ def make(
 def _complete(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     complete = default_config()
     given = config.to_dict()
-    for section in ("", "resize", "augment"):
+    for section in ("", "resize", "scenes", "augment"):
         fields, known = (given.get(section, {}), complete[section]) if section else (given, complete)
         if not isinstance(fields, dict):
             raise UserError(f"data config: {section} must hold fields, got {fields!r}")

@@ -1,7 +1,8 @@
 """Where images come from: random access, decoded on demand.
 
 `Digits` is embedded (scikit-learn's copy of the UCI digits), `Parquet` reads the files of a Hugging Face dataset,
-`ImageFolder` reads `path/split/class/image`. A damaged image raises `ImageError` when it is read; everything else that
+`ImageFolder` reads `path/split/class/image`. The sources of other tasks are in files of their own: `scenes`,
+`captions`, `dense`. A damaged image raises `ImageError` when it is read; everything else that
 is wrong (a missing path, split or column) is a `UserError` when the source is opened.
 """
 
@@ -27,7 +28,7 @@ import pyarrow.parquet as pq
 from tokjax.data.transforms import ImageError, decode
 from tokjax.errors import UserError
 
-SOURCES = ("digits", "parquet", "imagefolder", "auto")
+SOURCES = ("digits", "parquet", "imagefolder", "scenes", "captions", "segmentation", "auto")
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2"})
 _HELD_OUT = ("val", "validation", "valid", "dev", "test")  # names for the same thing, in the order they are tried
 _PARQUET_NAME = re.compile(r"(?P<split>.+?)(?:[-_.]\d.*)?\.parquet")  # train.parquet, train-00000-of-00002-abc.parquet
@@ -75,7 +76,7 @@ class Source(Protocol):
         ...
 
 
-class _Labelled:
+class Labelled:
     """What all sources share: their size and the number of classes follow from labels and names."""
 
     class_names: tuple[str, ...]
@@ -93,7 +94,7 @@ class _Labelled:
         return len(self.labels)
 
 
-class Digits(_Labelled):
+class Digits(Labelled):
     """1797 handwritten digits, 8x8 grey, ten classes, enlarged to `size` x `size` RGB.
 
     Args:
@@ -135,7 +136,7 @@ class Digits(_Labelled):
         return self._names[index]
 
 
-class Parquet(_Labelled):
+class Parquet(Labelled):
     """A split of a folder of parquet files, as Hugging Face `datasets` writes them.
 
     Files: `split.parquet`, `split-00000-of-00002.parquet`, the same under `data/`, or every parquet file of a folder
@@ -165,9 +166,9 @@ class Parquet(_Labelled):
         label_column: str | None = None,
         cache_bytes: int = 4 << 30,
     ):
-        folder = _folder(path)
+        folder = open_folder(path)
         found = _parquet_files(folder)
-        name = _find_split(split, found, folder)
+        name = find_split(split, found, folder)
         self._files = [_open_parquet(file) for file in found[name]]
         self._paths = [str(file.relative_to(folder)) for file in found[name]]
         schema = self._files[0].schema_arrow
@@ -245,7 +246,7 @@ class Parquet(_Labelled):
             return self._cache[group]
 
 
-class ImageFolder(_Labelled):
+class ImageFolder(Labelled):
     """Images in folders named after their class: `path/split/class/**/image.jpg`.
 
     Labels number the sorted class folders. They are those of the `train` folder if there is one, so that a class
@@ -260,20 +261,20 @@ class ImageFolder(_Labelled):
     """
 
     def __init__(self, path: str | Path, split: str | None):
-        folder = _folder(path)
-        splits = {child.name: child for child in _subfolders(folder)}
-        self._root = folder if split is None else splits[_find_split(split, splits, folder)]
-        here = [child.name for child in _subfolders(self._root)]
-        names = here if split is None or "train" not in splits else [c.name for c in _subfolders(splits["train"])]
+        folder = open_folder(path)
+        splits = {child.name: child for child in subfolders(folder)}
+        self._root = folder if split is None else splits[find_split(split, splits, folder)]
+        here = [child.name for child in subfolders(self._root)]
+        names = here if split is None or "train" not in splits else [c.name for c in subfolders(splits["train"])]
         if unknown := sorted(set(here) - set(names)):
-            raise UserError(f"{self._root} has classes that {splits['train']} lacks: {_some(unknown)}")
+            raise UserError(f"{self._root} has classes that {splits['train']} lacks: {listing(unknown)}")
         files, labels = [], []
         for label, name in enumerate(names):
-            inside = _images_under(self._root / name)
+            inside = images_under(self._root / name)
             files += [f"{name}/{file}" for file in inside]
             labels += [label] * len(inside)
         if not files:
-            raise UserError(f"no images in {self._root}: expected class folders with {_some(sorted(IMAGE_SUFFIXES))}")
+            raise UserError(f"no images in {self._root}: expected class folders with {listing(sorted(IMAGE_SUFFIXES))}")
         self.class_names = tuple(names)
         self.labels = np.asarray(labels, np.int32)
         self._names = files
@@ -290,7 +291,7 @@ class ImageFolder(_Labelled):
         return str(self._root / self._names[index])
 
 
-class Subset(_Labelled):
+class Subset(Labelled):
     """Some examples of a source, with the classes of the whole."""
 
     def __init__(self, source: Source, indices: Int64[np.ndarray, " n"]):
@@ -298,7 +299,7 @@ class Subset(_Labelled):
         self.class_names = source.class_names
         self.labels = source.labels[indices]
         self.in_memory = source.in_memory
-        _inherit(self, source)
+        inherit(self, source)
         if self.captions is not None:
             self.captions = [self.captions[index] for index in indices]
 
@@ -309,7 +310,7 @@ class Subset(_Labelled):
         return self._source.name_of(int(self._indices[index]))
 
 
-class Decoded(_Labelled):
+class Decoded(Labelled):
     """A source of small images that decodes each of them once, and keeps it while there is room.
 
     Opening a JPEG file of 32x32 pixels takes longer than everything that training does to it.
@@ -320,7 +321,7 @@ class Decoded(_Labelled):
     def __init__(self, source: Source, max_bytes: int):
         self._source = source
         self.class_names, self.labels = source.class_names, source.labels
-        _inherit(self, source)
+        inherit(self, source)
         self._examples: dict[int, Example] = {}
         self._room = max_bytes
         self._lock = threading.Lock()
@@ -355,7 +356,7 @@ def _bytes(example: Example) -> int:
     return sum(value.nbytes for value in example.values() if isinstance(value, np.ndarray))
 
 
-def _inherit(wrapper: _Labelled, source: Source) -> None:
+def inherit(wrapper: Labelled, source: Source) -> None:
     """Gives a wrapper what sources may have beside images and labels."""
     for name in ("fields", "captions", "dense"):
         if hasattr(source, name):
@@ -384,46 +385,75 @@ def stratified(labels: np.ndarray, n: int, seed: int) -> Int64[np.ndarray, " n"]
     return np.sort(np.concatenate(picked)).astype(np.int64)
 
 
-def open_source(config: ml_collections.ConfigDict, split: str | None) -> Source:
+def open_source(config: ml_collections.ConfigDict, split: str | None, train: bool = False) -> Source:
     """Opens what a data config names.
 
     Args:
-        config: with `source` (one of `SOURCES`; `auto`: digits without a path, else whatever the folder holds), `path`,
-            `image_size` (of digits), `image_column`, `label_column` and `cache_gb` (of parquet).
-        split: the name of the split in the source; None or "": the path itself holds the class folders.
+        config: with `source` (one of `SOURCES`; `auto`: digits without a path, else parquet or imagefolder, whichever
+            the folder holds), `path`, `image_size` (of digits, scenes and segmentation), `image_column`,
+            `label_column` and `cache_gb` (of parquet), and where they matter `scenes`, `patch_size`, `classes` and
+            `resize`.
+        split: the name of the split in the source; None or "": the path itself is the split.
+        train: every caption of an image is an example of its own.
 
     Raises:
         UserError: an unknown source, or whatever the source finds wrong.
     """
+    from tokjax.data import captions, dense, scenes  # they build on this module
+
     kind, path = config.source, config.path
     if kind not in SOURCES:
         raise UserError(f"unknown data source {kind!r}: choose from {', '.join(SOURCES)}")
     if kind == "auto":
-        kind = "digits" if not path else "parquet" if _parquet_files(_folder(path)) else "imagefolder"
+        kind = "digits" if not path else "parquet" if _parquet_files(open_folder(path)) else "imagefolder"
     if kind == "digits":
         return Digits(split or "train", size=min(config.image_size))
+    if kind == "scenes":
+        options = config.scenes
+        return scenes.Scenes(
+            split or "train",
+            size=tuple(config.image_size),
+            patch_size=config.patch_size,
+            digits=tuple(options.digits),
+            colours=options.colours,
+            distinct=options.distinct,
+            count=options.test_count if split == "test" else options.train_count,
+            seed=options.seed,
+        )
     if not path:
         raise UserError(f"data source {kind!r} needs a path")
     if kind == "imagefolder":
         return ImageFolder(path, split or None)
+    if kind == "captions":
+        return captions.Captions(path, split or None, pairs=train)
+    if kind == "segmentation":
+        return dense.SegmentationFolder(
+            path,
+            split or None,
+            size=tuple(config.image_size),
+            patch_size=config.patch_size,
+            classes=config.classes,
+            mode=config.resize.mode,
+            crop_pct=config.resize.crop_pct,
+        )
     if not split:
         raise UserError("data source 'parquet' needs the name of a split")
     cache_bytes = int(config.get("cache_gb", 4.0) * (1 << 30))
     return Parquet(path, split, config.get("image_column"), config.get("label_column"), cache_bytes)
 
 
-def _folder(path: str | Path) -> Path:
+def open_folder(path: str | Path) -> Path:
     folder = Path(path).expanduser()
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder" if folder.exists() else f"no such folder: {folder}")
     return folder
 
 
-def _subfolders(folder: Path) -> list[Path]:
+def subfolders(folder: Path) -> list[Path]:
     return sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
 
 
-def _find_split(split: str, found: dict, folder: Path) -> str:
+def find_split(split: str, found: dict, folder: Path) -> str:
     """The name under which a split exists: its own, or another name for held-out data."""
     candidates = [split, *(_HELD_OUT if split in _HELD_OUT else ())]
     for name in candidates:
@@ -431,15 +461,15 @@ def _find_split(split: str, found: dict, folder: Path) -> str:
             if name != split:
                 logging.info("no split %r in %s, reading %r", split, folder, name)
             return name
-    has = f"it has {_some(sorted(found))}" if found else "it has none"
+    has = f"it has {listing(sorted(found))}" if found else "it has none"
     raise UserError(f"no split {split!r} in {folder}: {has}")
 
 
-def _some(names: Sequence[str], limit: int = 8) -> str:
+def listing(names: Sequence[str], limit: int = 8) -> str:
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
-def _images_under(folder: Path) -> list[str]:
+def images_under(folder: Path) -> list[str]:
     """Image files below a folder, as paths relative to it, in a fixed order."""
     found = []
     for parent, folders, files in os.walk(folder, followlinks=True):
@@ -460,7 +490,7 @@ def _parquet_files(folder: Path) -> dict[str, list[Path]]:
         for file in sorted(place.glob("*.parquet")):
             if match := _PARQUET_NAME.fullmatch(file.name):
                 found.setdefault(match["split"], []).append(file)
-        for child in _subfolders(place) if place.is_dir() else ():
+        for child in subfolders(place) if place.is_dir() else ():
             if child != folder / "data" and (files := sorted(child.glob("*.parquet"))):
                 found.setdefault(child.name, files)
     return found
@@ -483,10 +513,12 @@ def _pick_column(schema: pa.Schema, role: str, name: str | None, fits, usual: tu
     fitting = [field.name for field in schema if fits(field.type)]
     if name is not None:
         if name not in schema.names:
-            raise UserError(f"{role} {name!r} is not in {where}: its columns are {_some(schema.names)}")
+            raise UserError(f"{role} {name!r} is not in {where}: its columns are {listing(schema.names)}")
         if name not in fitting:
             kind = schema.field(name).type
-            raise UserError(f"{role} {name!r} of {where} has type {kind}; fitting columns: {_some(fitting) or 'none'}")
+            raise UserError(
+                f"{role} {name!r} of {where} has type {kind}; fitting columns: {listing(fitting) or 'none'}"
+            )
         return name
     if len(fitting) == 1:
         return fitting[0]
@@ -494,8 +526,10 @@ def _pick_column(schema: pa.Schema, role: str, name: str | None, fits, usual: tu
         if name in fitting:
             return name
     if fitting:
-        raise UserError(f"several columns of {where} could be the {role}, name one: {_some(fitting)}")
-    raise UserError(f"no column of {where} can be the {role}: it has {_some([f'{f.name} ({f.type})' for f in schema])}")
+        raise UserError(f"several columns of {where} could be the {role}, name one: {listing(fitting)}")
+    raise UserError(
+        f"no column of {where} can be the {role}: it has {listing([f'{f.name} ({f.type})' for f in schema])}"
+    )
 
 
 def _read_labels(files: list[pq.ParquetFile], column: str, where: Path) -> Int32[np.ndarray, " n"]:

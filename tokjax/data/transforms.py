@@ -90,18 +90,40 @@ def fit(
     Raises:
         ValueError: unknown `mode`, or `crop_pct` outside (0, 1].
     """
+    covering, (top, left) = _covering(image.shape[:2], size, mode, crop_pct)
+    return resize(image, covering)[top : top + size[0], left : left + size[1]]
+
+
+def fit_labels(
+    labels: Int32[np.ndarray, "H W"], size: tuple[int, int], *, mode: ResizeMode = "short", crop_pct: float = 1.0
+) -> Int32[np.ndarray, "h w"]:
+    """`fit` for a map of class ids: the same window, every pixel takes the id that is nearest to its centre.
+
+    Raises:
+        ValueError: as `fit`.
+    """
+    (rows, columns), (top, left) = _covering(labels.shape, size, mode, crop_pct)
+    picked = (
+        ((np.arange(n) + 0.5) * have / n).astype(int) for n, have in zip((rows, columns), labels.shape, strict=True)
+    )
+    return labels[np.ix_(*picked)][top : top + size[0], left : left + size[1]]
+
+
+def _covering(
+    shape: tuple[int, ...], size: tuple[int, int], mode: ResizeMode, crop_pct: float
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The size (height, width) to resize to, and where (top, left) the window of `size` is cut from that."""
     _check_fit(mode, crop_pct)
     if mode == "square":
-        return resize(image, size)
-    rows, columns = image.shape[:2]
+        return size, (0, 0)
+    rows, columns = shape
     need_rows, need_columns = (math.floor(side / crop_pct) for side in size)
     if need_rows * columns >= need_columns * rows:  # the height decides
         covering = need_rows, max(need_columns, need_rows * columns // rows)
     else:
         covering = max(need_rows, need_columns * rows // columns), need_columns
-    image = resize(image, covering)
     top, left = (round((have - want) / 2) for have, want in zip(covering, size, strict=True))
-    return image[top : top + size[0], left : left + size[1]]
+    return covering, (top, left)
 
 
 def pad_crop(image: UInt8[np.ndarray, "H W 3"], pad: int, rng: np.random.Generator) -> UInt8[np.ndarray, "H W 3"]:
