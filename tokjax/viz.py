@@ -34,10 +34,20 @@ BASELINES = ("none", "unreduced")  # names under which the unreduced model stand
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5195")
 GREYS = ("#6E6E6E", "#9A9A9A", "#B9B9B9")
 MARKERS = "osD^vPX<>"
+# Metrics of all tasks that are shares in 0..1, shown in percent, more is better: key of a row -> name.
+SHARES = {
+    "accuracy": "accuracy",
+    "knn_accuracy": "k-NN accuracy",
+    "mean_iou": "mean IoU",
+    "pixel_accuracy": "pixel accuracy",
+    "delta1": "depth within 1.25x",
+    **{f"image_to_text@{k}": f"image to text R@{k}" for k in (1, 5, 10)},
+    **{f"text_to_image@{k}": f"text to image R@{k}" for k in (1, 5, 10)},
+    "agreement": "agreement with the unreduced model",
+}
 # Key of a row -> (axis label, factor from the stored number to the shown one).
 AXES = {
-    "accuracy": ("accuracy [%]", 100.0),
-    "agreement": ("agreement with the unreduced model [%]", 100.0),
+    **{key: (f"{name} [%]", 100.0) for key, name in SHARES.items()},
     "macs": ("MACs per image [G]", 1e-9),
     "macs_relative": ("MACs relative to the unreduced model", 1.0),
     "mean_tokens": ("mean tokens a layer", 1.0),

@@ -4,7 +4,7 @@ A row of results is a plain dict, one line of `results.jsonl`:
 
     method, setting       name of the reducer and its knob ("r=13", or a dict)
     target                the budget that was asked for, as a share of the unreduced model's MACs; None if none was
-    accuracy              share of right answers in 0..1
+    accuracy              share of right answers in 0..1; other tasks have other metrics, see `tokjax.viz.SHARES`
     macs, macs_reducer    multiply-accumulates an image, those of the reducer apart
     macs_relative         macs over those of the unreduced model
     mean_tokens           tokens entering a layer's MLP, averaged over layers
@@ -218,8 +218,10 @@ _known = [
     Column("method", "method", str, numeric=False),
     Column("setting", "setting", _words, numeric=False),
     Column("target", "target", _words),
-    Column("accuracy", "accuracy %", _percent),
+    *(Column(key, f"{name} %", _percent) for key, name in viz.SHARES.items()),
     Column("agreement", "agreement %", _percent),
+    Column("rmse", "RMSE", _number(lambda error: _digits(error, 4))),
+    Column("abs_rel", "rel. error", _number(lambda error: _digits(error, 3))),
     Column("macs", "MACs", _si),
     Column("macs_reducer", "reducer MACs", _si),
     Column("macs_relative", "rel. MACs", _number(lambda share: f"{share:.3f}")),
@@ -407,6 +409,7 @@ def write_html(
     extra: Sequence[str | Column] = (),
     baseline: str | None = None,
     controls: Sequence[str] = (),
+    quality: str = "accuracy",
 ) -> Path:
     """Writes a report as one file that needs nothing else: styles, script and pictures are inside it.
 
@@ -424,10 +427,13 @@ def write_html(
             uint8 picture `[H, W, 3]`, a `tokjax.viz.Picture`, a list of pictures (side by side) or of rows (a table).
         summary: one or two sentences below the title.
         columns, extra, baseline, controls: as of `format_table`.
+        quality: the metric that the figures show, and the plot at first; one of `tokjax.viz.SHARES`.
 
     Raises:
-        ValueError: rows or bodies of another kind.
+        ValueError: rows or bodies of another kind, or an unknown quality.
     """
+    if quality not in viz.SHARES:
+        raise ValueError(f"quality must be one of {', '.join(viz.SHARES)}, got {quality!r}")
     rows = list(rows)
     _check_rows(rows)
     if not isinstance(machine, Mapping):
@@ -436,8 +442,8 @@ def write_html(
     roles = [viz.row_role(row, baseline, controls) for row in rows]
     parts = []
     if rows:
-        parts.append(_cards(rows, roles))
-        across, up = _options(rows, _COSTS), _options(rows, _QUALITIES)
+        parts.append(_cards(rows, roles, quality))
+        across, up = _options(rows, _COSTS), _options(rows, {quality: viz.SHARES[quality], **viz.SHARES})
         parts.append(string.Template(_CHART).substitute(x=across, y=up) if across and up else "")
         parts.append(_section("Results", _html_table(rows, roles, chosen, filtered=True)))
     for heading, body in sections:
@@ -450,12 +456,13 @@ def write_html(
     points = [
         _point(row, role)
         for row, role in zip(rows, roles, strict=True)
-        if all(any(viz.is_number(row.get(key)) for key in keys) for keys in (_COSTS, _QUALITIES))
+        if all(any(viz.is_number(row.get(key)) for key in keys) for keys in (_COSTS, viz.SHARES))
     ]
     page = string.Template(resources.files("tokjax.bench").joinpath("report.html").read_text("utf-8")).substitute(
         title=_escape(title),
         summary=f'<p class="summary">{_escape(summary)}</p>' if summary.strip() else "",
         body="\n".join(parts),
+        percent=" ".join(viz.SHARES),
         # Nothing in the data can end the script element or open a comment in it.
         points=json.dumps(plain(points), allow_nan=False).replace("<", "\\u003c").replace(">", "\\u003e"),
     )
@@ -469,7 +476,6 @@ _COSTS = {
     "images_per_s": "images per second",
     "speedup": "measured speed-up",
 }
-_QUALITIES = {"accuracy": "accuracy", "agreement": "agreement with the unreduced model"}
 _CHART = """<section class="card" id="plot"><div class="head"><h2>Quality over cost</h2>
 <div class="pick"><label>show <select id="pick-y">$y</select></label>
 <label>over <select id="pick-x">$x</select></label></div></div>
@@ -493,7 +499,7 @@ def _options(rows: Sequence[Row], names: Mapping[str, str]) -> str:
 
 def _point(row: Row, role: viz.Role) -> dict[str, Any]:
     """What the plot needs of a row: numbers for the axes, and the texts of the table for what hovering shows."""
-    keys = [key for key in (*_QUALITIES, *_COSTS) if viz.is_number(row.get(key))]
+    keys = [key for key in (*viz.SHARES, *_COSTS) if viz.is_number(row.get(key))]
     return {
         "name": viz.method_label(row["method"], role),
         "role": role,
@@ -503,28 +509,32 @@ def _point(row: Row, role: viz.Role) -> dict[str, Any]:
     }
 
 
-def _cards(rows: Sequence[Row], roles: Sequence[viz.Role]) -> str:
-    """The unreduced model's figures, and the cheapest result that stays within one point of its accuracy."""
+def _cards(rows: Sequence[Row], roles: Sequence[viz.Role], quality: str) -> str:
+    """The unreduced model's figures, and the cheapest result that stays within one point of its quality."""
     unreduced = [row for row, role in zip(rows, roles, strict=True) if role == "baseline"]
     if len(unreduced) != 1:
         return ""
     base, cards = unreduced[0], []
-    for key, name in (("accuracy", "accuracy"), ("macs", "MACs per image"), ("images_per_s", "images per second")):
+    for key, name in (
+        (quality, viz.SHARES[quality]),
+        ("macs", "MACs per image"),
+        ("images_per_s", "images per second"),
+    ):
         if viz.is_number(base.get(key)):
-            unit = " %" if key == "accuracy" else ""
+            unit = " %" if key == quality else ""
             cards.append((KNOWN_COLUMNS[key].text(base) + unit, f"{name}, unreduced"))
     near = [
         (row["macs_relative"], row, role)
         for row, role in zip(rows, roles, strict=True)
         if role != "baseline"
-        and all(viz.is_number(r.get(key)) for r in (row, base) for key in ("accuracy", "macs_relative"))
-        and row["accuracy"] >= base["accuracy"] - 0.01
+        and all(viz.is_number(r.get(key)) for r in (row, base) for key in (quality, "macs_relative"))
+        and row[quality] >= base[quality] - 0.01
         and row["macs_relative"] < base["macs_relative"]
     ]
     if near:
         share, row, role = min(near, key=lambda found: found[0])
         name = " ".join([viz.method_label(row["method"], role), KNOWN_COLUMNS["setting"].text(row).strip("-")]).strip()
-        cards.append((f"{100 * share:.0f} % MACs", f"cheapest within one point of accuracy: {name}"))
+        cards.append((f"{100 * share:.0f} % MACs", f"cheapest within one point of {viz.SHARES[quality]}: {name}"))
     inner = "".join(f"<div><b>{_escape(value)}</b><span>{_escape(name)}</span></div>" for value, name in cards)
     return f'<div class="cards">{inner}</div>' if cards else ""
 

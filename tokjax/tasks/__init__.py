@@ -1,5 +1,6 @@
 """What a config runs: each task is data, a model and a metric."""
 
+import importlib
 from pathlib import Path
 from typing import Protocol
 
@@ -7,7 +8,10 @@ import ml_collections
 
 from tokjax.errors import UserError
 
-MODES = ("all", "train", "eval", "sweep", "bench", "viz")
+MODES = ("all", "train", "eval", "sweep", "features", "bench", "viz")
+TASKS = {  # name -> module beside this one and class in it; imported when it runs
+    "classify": ("classify", "Classify"),
+}
 
 
 class Task(Protocol):
@@ -22,9 +26,7 @@ def make(config: ml_collections.ConfigDict, workdir: Path, command: str) -> Task
     Raises:
         UserError: there is none of this name.
     """
-    from tokjax.tasks.classify import Classify
-
-    tasks = {"classify": Classify}
-    if config.task not in tasks:
-        raise UserError(f"config.task={config.task!r}: must be one of {', '.join(tasks)}")
-    return tasks[config.task](config, workdir, command)
+    if config.task not in TASKS:
+        raise UserError(f"config.task={config.task!r}: must be one of {', '.join(TASKS)}")
+    module, name = TASKS[config.task]
+    return getattr(importlib.import_module(f"{__name__}.{module}"), name)(config, workdir, command)

@@ -1,0 +1,569 @@
+"""What the tasks share: models and data of a config, training, a sweep over budgets, timing, pictures, the report.
+
+A task is a subclass of `Experiment` that trains and evaluates; everything else is here.
+"""
+
+import abc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
+import dataclasses
+import functools
+import hashlib
+from pathlib import Path
+import sys
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree, UInt8
+import ml_collections
+from ml_collections import config_dict
+import numpy as np
+from tqdm import tqdm
+
+from tokjax import api, budget, data, reducers, viz
+from tokjax.bench import flops, report, timing
+from tokjax.errors import UserError
+from tokjax.models.vit import ViTConfig, preset
+from tokjax.pretrained.preprocess import Preprocess
+from tokjax.train.checkpoints import Checkpoints
+from tokjax.train.config import TrainConfig
+from tokjax.train.config import default_config as train_config
+from tokjax.train.loop import train
+from tokjax.train.state import LossFn
+from tokjax.viz import Picture
+
+RESULTS = "results.jsonl"
+
+Model = Any  # an `api.Model`; an `api.DualModel` in tasks that have texts too
+
+
+def default_config(task: str) -> ml_collections.ConfigDict:
+    """The fields that every experiment has, with their meaning; those of a task come on top."""
+    config = ml_collections.ConfigDict()
+    config.task = task
+    config.mode = "all"  # what runs without --mode
+    config.title = "Token reduction"
+    config.seed = 0
+    config.batch_size = 64  # of training
+    config.eval_batch_size = 128
+    config.init = ""  # a checkpoint to start from: folder, file or hub id; empty: random weights
+    config.model = model_config("s/16")
+    config.reduce = reduce = ml_collections.ConfigDict()  # a reducer that is on in every mode; empty: none
+    reduce.name = ""
+    reduce.r = config_dict.placeholder(int)
+    reduce.keep_rate = config_dict.placeholder(float)
+    config.data = data.default_config()
+    config.train = train_config(total_steps=1000)
+
+    config.sweep = sweep = ml_collections.ConfigDict()
+    sweep.targets = (0.8, 0.6, 0.4)  # of the unreduced model's MACs
+    sweep.methods = (  # name: registered; label: in the table; settings: all but the knob that reaches the target
+        {"name": "tome", "label": "ToMe", "settings": {}},
+        {"name": "evit", "label": "EViT", "settings": {}},
+        {"name": "topk", "label": "Top-K", "settings": {}},
+        {"name": "random", "label": "random drop", "settings": {}},
+        {"name": "avgpool", "label": "average pooling", "settings": {}},
+    )
+    sweep.repeats = 5  # timed rounds, interleaved with the unreduced model
+    sweep.seconds = 0.2  # at least, for each of the two in a round
+
+    config.bench = bench = ml_collections.ConfigDict()  # fixed settings, timed side by side in one run
+    bench.methods = ({"name": "tome", "label": "ToMe", "settings": {"r": 8}},)
+    bench.batch_sizes = (1, 32)
+    bench.repeats = 5
+    bench.seconds = 0.5
+
+    config.viz = ml_collections.ConfigDict()
+    config.viz.images = 4  # test images to draw
+    config.viz.target = 0.6  # share of the MACs at which the methods are drawn
+    return config
+
+
+def model_config(name: str = "", **changes: Any) -> ml_collections.ConfigDict:
+    """A preset such as "s/16" ("": ViTConfig's defaults) and fields of ViTConfig to change; None changes nothing."""
+    config = ml_collections.ConfigDict({"preset": name})
+    for field in dataclasses.fields(ViTConfig):
+        if field.name != "image_size":  # the data's
+            config[field.name] = config_dict.placeholder(float if field.default is None else type(field.default))
+    config.update(changes)
+    return config
+
+
+@contextlib.contextmanager
+def user_input() -> Iterator[None]:
+    """Errors of values that come from the config are the user's to mend."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+@dataclasses.dataclass(frozen=True)
+class AsPretrained:
+    """A pretrained model's resizing and cropping, as a transform of the data."""
+
+    preprocess: Preprocess
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.preprocess.size
+
+    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        return np.asarray(self.preprocess.transform(image))
+
+
+class Experiment(abc.ABC):
+    """A task; each mode is a method, and each works from what the workdir holds.
+
+    A subclass must have `metrics`, `train` and `evaluate`, and may change the other methods below, each of which says
+    what for.
+
+    Attributes:
+        modes: names of the methods that the command line may call.
+        metrics: columns that `evaluate` gives. The first is what tables, plots and cards show: a share in 0..1, more is
+            better, of `tokjax.viz.SHARES`.
+        both_towers: whether the task needs a text encoder beside the image encoder.
+    """
+
+    modes: ClassVar[tuple[str, ...]] = ("train", "eval", "sweep", "bench", "viz")
+    metrics: ClassVar[tuple[str, ...]]
+    both_towers: ClassVar[bool] = False
+
+    def __init__(self, config: ml_collections.ConfigDict, workdir: Path, command: str):
+        self.config, self.workdir, self.command = config, workdir, command
+        self._loaders: dict[str, data.Loader] = {}
+        self._once: dict[tuple[str, str], Any] = {}
+
+    @abc.abstractmethod
+    def train(self) -> None:
+        """Trains, or goes on with an interrupted training; see `fit`. The result lies in `finished`."""
+
+    @abc.abstractmethod
+    def evaluate(self, model: Model, name: str) -> dict[str, Any]:
+        """Columns of a row: `metrics`, `images` (how many examples counted), and whatever else is worth keeping.
+
+        Args:
+            model: with or without reducers.
+            name: for the progress bar.
+        """
+
+    def run(self, mode: str) -> None:
+        """Runs one mode; "all" is `steps`.
+
+        Raises:
+            UserError: whatever is wrong with config, data or checkpoints.
+        """
+        if mode not in ("all", *self.modes):
+            raise UserError(f"mode={mode!r}: must be one of all, {', '.join(self.modes)}")
+        for step in self.steps if mode == "all" else (mode,):
+            print(f"== {step}", flush=True)
+            getattr(self, step)()
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """The modes that make the whole experiment."""
+        return ("train", "sweep", "bench", "viz")
+
+    def variant(self) -> dict[str, Any]:
+        """What decides the metrics beside weights, method and budget; it stands in every row, as plain values.
+
+        Rows of another variant are not taken for done.
+        """
+        return {}
+
+    # Models
+
+    @property
+    def finished(self) -> Path:
+        """Where the trained model lies, as `tokjax.load` reads it."""
+        return self.workdir / "model"
+
+    @functools.cached_property
+    def initial(self) -> Model | None:
+        """The checkpoint of `config.init`, if there is one; its preprocessing wins over the config's."""
+        return self._loaded(self.config.init) if self.config.init else None
+
+    def _loaded(self, source: str | Path) -> Model:
+        with user_input():
+            size, dtype = tuple(self.config.data.image_size), self.config.model.get("dtype")
+            model = api.load(source, image_size=size, dtype=dtype)
+        two = isinstance(model, api.DualModel)
+        if self.both_towers and not two:
+            raise UserError(f"{source} holds no text encoder, which task {self.config.task!r} needs")
+        return model.vision if two and not self.both_towers else model
+
+    def encoder(self, model: Model) -> api.Model:
+        """The part that is reduced, timed and drawn."""
+        return model.vision if isinstance(model, api.DualModel) else model
+
+    def outputs(self) -> int:
+        """`num_classes` of a model from scratch where the config names none; 0: no head."""
+        return 0
+
+    def build(self) -> Model:
+        """A model with random weights, as the config describes it."""
+        config, size = self.config, tuple(self.config.data.image_size)
+        fields = {k: v for k, v in config.model.to_dict().items() if k != "preset" and v is not None}
+        outputs = fields.pop("num_classes", None) or self.outputs()
+        fields = {"image_size": size, "num_classes": outputs, **fields}
+        shape = preset(config.model.preset, **fields) if config.model.preset else ViTConfig(**fields)
+        return api.build(shape, config.seed, preprocess=self.preprocess(size))
+
+    def preprocess(self, size: tuple[int, int]) -> Preprocess:
+        """The preprocessing of evaluation, for a model from scratch to keep."""
+        config = self.config.data
+        mean, std = tuple(config.mean), tuple(config.std)
+        if config.resize.mode == "square":
+            return Preprocess(size=size, resize="square", resize_to=size, crop=False, mean=mean, std=std)
+        short = int(min(size) / config.resize.crop_pct)
+        return Preprocess(size=size, resize="short", resize_to=short, mean=mean, std=std)
+
+    def fresh(self) -> Model:
+        """The model before training: random weights, or those of `config.init`; with the reducer of `config.reduce`."""
+        with user_input():
+            return self._reduced(self.build() if self.initial is None else self.initial)
+
+    def _reduced(self, model: Model) -> Model:
+        name = self.config.reduce.name
+        settings = {k: v for k, v in self.config.reduce.items() if k != "name" and v is not None}
+        if settings and not name:
+            raise UserError(f"config.reduce={settings}: has no name; one of {', '.join(sorted(reducers.REGISTRY))}")
+        saved = [(method.name, dict(method.settings)) for method in model.methods]
+        if not name or saved == [(name, settings)]:  # a model that was trained reduced brings its reducer
+            return model
+        return api.reduce(model.unreduced, name, **settings)
+
+    def parameters(self, model: Model) -> PyTree:
+        """What training changes: the model's parameters, and of whatever is trained beside it."""
+        return model.params
+
+    def with_parameters(self, model: Model, parameters: PyTree) -> Model:
+        """The model with its part of what `parameters` gave."""
+        return model.with_params(parameters)
+
+    def model(self) -> Model:
+        """The trained model of the workdir, the best checkpoint of a training under way, or `config.init`.
+
+        Raises:
+            UserError: there is none of these.
+        """
+        checkpoints = Checkpoints(self.workdir / "checkpoints")
+        if (self.finished / "config.json").is_file():
+            with user_input():
+                return self._reduced(self._loaded(self.finished))
+        if checkpoints.steps():
+            model = self.fresh()
+            return self.with_parameters(model, checkpoints.restore_params(self.parameters(model), "best"))
+        if self.config.init:
+            return self.fresh()
+        raise UserError(
+            f"{self.workdir} holds no model: train one with --mode=train, or name one with "
+            f"--config.init=FOLDER_OR_HUB_ID"
+        )
+
+    # Data
+
+    def loader(self, split: str, *, train: bool) -> data.Loader:
+        """A split for training, or in order and without augmentation, as the checkpoint of `config.init` wants it."""
+        config = self.config
+        return data.make(
+            config.data,
+            split,
+            batch_size=config.batch_size if train else config.eval_batch_size,
+            train=train,
+            seed=config.seed if train else 0,
+            transform=None if train else self.transform(),
+            normalise=self.normalise(),
+        )
+
+    def evaluation_loader(self, split: str) -> data.Loader:
+        """A split in order, opened once."""
+        if split not in self._loaders:
+            self._loaders[split] = self.loader(split, train=False)
+        return self._loaders[split]
+
+    def test_loader(self) -> data.Loader:
+        return self.evaluation_loader("test")
+
+    def transform(self) -> data.Transform | None:
+        """Resizing and cropping of evaluation; None: the config's."""
+        preprocess = self.initial.preprocess if self.initial else None
+        return AsPretrained(preprocess) if preprocess else None
+
+    def normalise(self) -> data.Normalise | None:
+        """Means and deviations of the checkpoint of `config.init`; None: the config's."""
+        if self.initial is None or self.initial.preprocess is None:
+            return None
+        (m1, m2, m3), (s1, s2, s3) = self.initial.preprocess.mean, self.initial.preprocess.std
+        return data.Normalise((m1, m2, m3), (s1, s2, s3))
+
+    def inputs(self, model: Model, batch: Mapping[str, Any]) -> PyTree:
+        """What the encoder takes of a batch."""
+        return jnp.asarray(batch["image"])
+
+    def batches(self, split: str, name: str) -> Iterator[data.Batch]:
+        """Every batch of a split in order, with a progress bar; only rows that are `valid` count, each once."""
+        loader = self.evaluation_loader(split)
+        with tqdm(
+            total=len(loader.source), desc=name, unit="image", leave=False, disable=not sys.stderr.isatty()
+        ) as bar:
+            for batch in loader:
+                yield batch
+                bar.update(int(batch["valid"].sum()))
+        if bad := loader.bad_images:
+            print(f"{len(bad)} {split} images could not be read and do not count: {bad[:3]}")
+
+    def once(self, name: str, model: Model, make: Callable[[], Any]) -> Any:
+        """What `make` gives, kept for the unreduced model of these weights."""
+        key = name, fingerprint(model)
+        if key not in self._once:
+            self._once[key] = make()
+        return self._once[key]
+
+    # Modes
+
+    def fit(
+        self,
+        model: Model,
+        loader: data.Loader,
+        loss: LossFn,
+        evaluate: Callable[[PyTree], Mapping[str, Any]],
+        frozen: Sequence[str] = (),
+    ) -> Model:
+        """Trains what `parameters` names, saves the model in `finished` and gives it.
+
+        Args:
+            model: to start from.
+            loader: of training.
+            loss: (parameters, batch, key) -> (loss, metrics).
+            evaluate: parameters -> scalars, of the test set.
+            frozen: further patterns of parameters to leave as they are, see `OptimiserConfig`.
+        """
+        settings = TrainConfig.of(self.config.train)
+        if self.encoder(model).config.position == "sincos":
+            frozen = (*frozen, "pos_embed")
+        frozen = (*settings.optimiser.frozen, *frozen)
+        settings = dataclasses.replace(settings, optimiser=dataclasses.replace(settings.optimiser, frozen=frozen))
+        parameters = self.parameters(model)
+        print(f"{model}, {sum(x.size for x in jax.tree.leaves(parameters)):,} parameters", flush=True)
+        state = train(
+            settings,
+            self.workdir,
+            init_params=parameters,
+            loss_fn=loss,
+            train_loader=loader,
+            evaluate=evaluate,
+        )
+        model = self.with_parameters(model, state.eval_params)
+        api.save(model, self.finished)
+        print(f"The model is in {self.finished}", flush=True)
+        return model
+
+    def eval(self) -> None:
+        """The metrics of the workdir's model, and of its unreduced form if it has reducers."""
+        model, rows = self.model(), []
+        base = model.unreduced
+        for each in dict.fromkeys((base, model)):
+            row = {**describe(each, base.cost()), **self.evaluate(each, "eval")}
+            report.append_jsonl(self.workdir / RESULTS, {**self._stamp("eval", base), **row})
+            rows.append(row)
+        columns = [column for column in self._columns if column not in ("images_per_s", "speedup")]
+        report.print_table(rows, columns, extra=[*self.metrics[1:], "images"])
+
+    def sweep(self) -> None:
+        """Every method at every budget, beside the unreduced model and the controls; goes on where it stopped."""
+        config, model = self.config.sweep, self.model().unreduced
+        done = {_key(row): row for row in self._rows("sweep", model)}
+        stamp = self._stamp("sweep", model)
+        inputs, whole = self.inputs(model, next(iter(self.test_loader()))), model.cost()
+        images, base = jax.tree.leaves(inputs)[0].shape[0], self.timed(model)
+
+        def measured(reduced: Model, name: str) -> dict[str, Any]:
+            this = self.timed(reduced)
+            runs = {"unreduced": lambda: base(inputs), "this": lambda: this(inputs)}
+            times = timing.interleaved(runs, repeats=config.repeats, min_seconds=config.seconds, warmup=2)
+            return {
+                **self.evaluate(reduced, name),
+                "images_per_s": images / times["this"].median_s,
+                "speedup": timing.ratio(times["unreduced"], times["this"]),
+                "batch": images,
+            }
+
+        def row_of(method: Mapping[str, Any] | None, target: float | None) -> dict[str, Any]:
+            if method is None:
+                return {**describe(model, whole), "target": None, **measured(model, "unreduced"), "speedup": 1.0}
+            name, label = method["name"], method["label"]
+            start = {"method": label, "target": target, "control": reducers.entry(name).control}
+            found = self.solve(method, model, target)
+            if not found.reached:
+                low, high = found.reachable
+                return {**start, "unreachable": f"reaches {low:.2f} to {high:.2f} of the MACs"}
+            return {**start, **describe(found.model, whole, label), **measured(found.model, label)}
+
+        work = [(None, None), *((method, target) for target in config.targets for method in config.methods)]
+        with user_input(), tqdm(work, desc="sweep", unit="row", disable=None) as bar:
+            for method, target in bar:
+                key = (method["label"], target) if method else ("unreduced", None)
+                bar.set_postfix_str(" ".join(map(str, key)))
+                if key not in done:
+                    done[key] = row_of(method, target)
+                    report.append_jsonl(self.workdir / RESULTS, {**stamp, **done[key]})
+        report.print_table(list(done.values()), self._columns, extra=self.metrics[1:])
+
+    def solve(self, method: Mapping[str, Any], model: Model, target: float | None) -> budget.Solution:
+        """An entry of `config.sweep.methods`, at a share of the model's MACs."""
+        return budget.solve(method["name"], model, macs=target, **dict(method["settings"]))
+
+    def timed(self, model: Model) -> Callable[[PyTree], Any]:
+        """What the sweep times, as a compiled function of the encoder's inputs."""
+        return self.encoder(model)
+
+    def bench(self) -> None:
+        """Times the methods at fixed settings against the unreduced model, in one run for each batch size."""
+        config = self.config.bench
+        try:
+            base, weights = self.encoder(self.model()).unreduced, "trained"
+        except UserError:
+            base, weights = self.encoder(self.fresh()).unreduced, "random"
+            print("There is no trained model: the timings are of random weights.")
+        with user_input():
+            reduced = {m["label"]: api.reduce(base, m["name"], **dict(m["settings"])) for m in config.methods}
+        models, whole = {"unreduced": base, **reduced}, base.cost()
+        columns = [column for column in report.COLUMNS if column != "accuracy"]
+        for batch in config.batch_sizes:
+            images = jax.random.normal(jax.random.key(0), (batch, *base.config.image_size, base.config.channels))
+            inputs = self.inputs(base, {"image": images})
+            runs = {name: lambda each=each, inputs=inputs: each(inputs) for name, each in models.items()}
+            with user_input():
+                times = timing.interleaved(runs, repeats=config.repeats, min_seconds=config.seconds)
+            rows = []
+            for name, each in models.items():
+                memory = timing.peak_memory(each.compiled(inputs))
+                row = {
+                    **describe(each, whole, name),
+                    "batch": batch,
+                    "dtype": base.config.dtype,
+                    "weights": weights,
+                    "images_per_s": batch / times[name].median_s,
+                    "speedup": timing.ratio(times["unreduced"], times[name]),
+                    "first_call_s": round(times[name].first_call_s, 2),
+                    "peak_mb": None if memory is None else round(memory / 1e6, 1),
+                }
+                rows.append(row)
+                report.append_jsonl(self.workdir / RESULTS, {"mode": "bench", **row, **timing.device_summary()})
+            print(f"batch {batch}, {base.config.dtype}")
+            report.print_table(rows, columns, extra=["first_call_s", "peak_mb"], group=())
+
+    def viz(self) -> None:
+        """Pictures of what merged with what, the Pareto plot, and `report.html` with all of it."""
+        model, config, folder = self.model().unreduced, self.config, self.workdir / "pictures"
+        first: Mapping[str, Any] = next(iter(self.test_loader()))
+        batch = {name: values[first["valid"]][: config.viz.images] for name, values in first.items()}
+        moments = self.normalise() or data.Normalise(tuple(config.data.mean), tuple(config.data.std))
+        images = [viz.to_uint8(image, moments.mean, moments.std) for image in batch["image"]]
+        rows, counts = self._rows("sweep", model), {"unreduced": model.token_counts()}
+        sections: list[tuple[str, Any]] = []
+        with user_input():
+            for method in tqdm(config.sweep.methods, desc="pictures", unit="method", disable=None):
+                found = self.solve(method, model, config.viz.target)
+                counts[method["label"]] = found.model.token_counts()
+                drawn = self.pictures(found.model, batch, images)
+                for i, pictures in enumerate(drawn):
+                    viz.save_png(viz.strip(pictures), folder / f"{method['name']}_{i}.png")
+                caption = f"{method['label']} at {found.relative:.2f} of the MACs"
+                sections.append((caption, [picture for pictures in drawn for picture in pictures]))
+        quality = self.metrics[0]
+        figures = {"tokens": ("Tokens that enter the MLP of every block", viz.token_count_plot(counts))}
+        if any(quality in row for row in rows):
+            name = viz.SHARES[quality]
+            figures["pareto"] = (f"{name[0].upper()}{name[1:]} over cost", viz.pareto_plot(rows, y=quality))
+        curves = _lines(self.workdir / "metrics.jsonl")
+        if curves:
+            figures["training"] = ("Training", viz.curves_plot(curves, ("loss", quality)))
+        for name, (_, figure) in figures.items():
+            viz.save_png(figure, folder / f"{name}.png")
+        benched = [row for row in _lines(self.workdir / RESULTS) if row.get("mode") == "bench"]
+        timed = {(row["batch"], row["method"]): row for row in benched}  # of each, the last run's
+        for size in dict.fromkeys(key[0] for key in timed):
+            heading = f"Speed at fixed settings, random input, batch {size}"
+            sections.append((heading, [row for key, row in timed.items() if key[0] == size]))
+        encoder = self.encoder(model)
+        report.write_html(
+            self.workdir / "report.html",
+            title=config.title,
+            command=self.command,
+            machine=timing.device_summary(),
+            rows=rows,
+            columns=self._columns,
+            extra=self.metrics[1:],
+            quality=quality,
+            sections=[*figures.values(), *sections],
+            summary=f"A ViT of width {encoder.config.width}, {encoder.config.depth} blocks, {encoder.info.length} "
+            f"tokens. Every method at the same multiply-accumulates, timed side by side with the unreduced model.",
+        )
+        print(f"Pictures are in {folder}, all results in {self.workdir / 'report.html'}")
+
+    def pictures(
+        self, model: Model, batch: Mapping[str, Any], images: Sequence[UInt8[np.ndarray, "H W 3"]]
+    ) -> list[list[Picture]]:
+        """For each image the pictures that show what a reduced model does.
+
+        Args:
+            model: reduced.
+            batch: test examples, all valid.
+            images: theirs, as uint8.
+        """
+        encoder = self.encoder(model)
+        _, trace = encoder(self.inputs(model, batch), trace=True)
+        return [trace.pictures(image, i) for i, image in enumerate(images)]
+
+    # Rows
+
+    @property
+    def _columns(self) -> list[str]:
+        return [self.metrics[0] if column == "accuracy" else column for column in report.COLUMNS]
+
+    def _stamp(self, mode: str, model: Model) -> dict[str, Any]:
+        return {"mode": mode, "weights": fingerprint(model), **report.plain(self.variant())}
+
+    def _rows(self, mode: str, model: Model) -> list[dict[str, Any]]:
+        """Rows of earlier runs of a mode that belong to these weights and this variant."""
+        stamp = self._stamp(mode, model)
+        return [row for row in _lines(self.workdir / RESULTS) if all(row.get(k) == v for k, v in stamp.items())]
+
+
+def describe(model: Model, whole: flops.Cost, label: str = "") -> dict[str, Any]:
+    """The columns of a row that need no measurement; `whole` is what the unreduced model costs."""
+    cost, names = model.cost(), [method.name for method in model.methods]
+    return {
+        "method": label or " + ".join(names) or "unreduced",
+        "setting": "; ".join(", ".join(f"{k}={_short(v)}" for k, v in m.settings.items()) for m in model.methods),
+        "macs": cost.total,
+        "macs_reducer": cost.reducer,
+        "macs_relative": cost.total / whole.total,
+        "mean_tokens": budget.mean_tokens(model),
+        "control": bool(names) and all(name in reducers.REGISTRY and reducers.entry(name).control for name in names),
+    }
+
+
+def fingerprint(model: Model) -> str:
+    """A short name of a model's weights, so that results are not mixed up with those of other weights."""
+    digest = hashlib.blake2b(digest_size=6)
+    for leaf in jax.tree.leaves(model.params):
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return report.read_jsonl(path) if path.is_file() else []
+
+
+def _key(row: Mapping[str, Any]) -> tuple[str, Any]:
+    return row["method"], row.get("target")
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
