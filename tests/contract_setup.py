@@ -78,8 +78,9 @@ def info(shape: Shape, depth: int = DEPTH) -> hk.ModelInfo:
     return hk.ModelInfo(depth, CHANNELS, HEADS, length, prefix, GRID, "cls" if prefix else "mean")
 
 
-def made(name: str, **settings: Any) -> hk.Reducer:
-    return create(name, **{**REGISTRY[name].example, **settings})
+def made(name: str, at: hk.ModelInfo, **settings: Any) -> hk.Reducer:
+    with jax.ensure_compile_time_eval():  # parameters are drawn once, not by every program
+        return create(name, at, **{**REGISTRY[name].example, **settings})
 
 
 def signals(tokens: Tokens, context: Context) -> Signals:
@@ -152,7 +153,7 @@ def hooks_of(name: str, shape: Shape, **settings: Any) -> list[hk.Hook]:
     Raises:
         ValueError: there are others.
     """
-    hooks = made(name, **settings).hooks(info(shape))
+    hooks = made(name, info(shape), **settings).hooks(info(shape))
     for hook in hooks:
         if hook.where not in vit.SITES | {"before_llm"}:
             raise ValueError(f"{name} hooks in at {hook.where!r}: teach the walk of the contract tests this site")
@@ -227,6 +228,11 @@ def batch_of(x: np.ndarray, shape: Shape, **fields: Any) -> Tokens:
     """Traced tokens at their places."""
     place = np.tile(np.arange(shape[0], dtype=np.int32), (len(x), 1))
     return Tokens(x, position=place, origin=place, prefix=shape[1], **fields)
+
+
+def moved(plan: token_map.Plan, tokens: Tokens) -> Any:
+    """The features that a plan moves."""
+    return tokens.x if plan.x is None else plan.x
 
 
 def unit_fields(shape: tuple[int, int]) -> dict[str, np.ndarray]:

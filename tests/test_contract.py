@@ -33,6 +33,7 @@ from contract_setup import (
     made,
     matrix,
     membership,
+    moved,
     program,
     signals,
     sizes_of,
@@ -354,7 +355,7 @@ def test_a_map_its_matrix_and_its_unmerge_agree(name):
         steps = mapped(run(name, draw).steps)
         assert steps, "nothing is reduced"
         for step in steps:
-            map, m, x = step.plan.map, step.plan.map.num_out, np.asarray(step.before.x, np.float64)
+            map, m, x = step.plan.map, step.plan.map.num_out, np.asarray(moved(step.plan, step.before), np.float64)
             y = np.random.default_rng(0).normal(size=(BATCH, m, 3)).astype(np.float32)
             mem, sizes = membership(map), np.asarray(step.before.sizes(), np.float64)
             dest, told, spread, linear = _answers(map, y)
@@ -437,7 +438,7 @@ def test_bf16_is_planned_in_float32(name):
             _same_plan(step.plan, step.twin)
             if step.plan.map is not None:
                 sizes = np.asarray(step.before.sizes(), np.float64)
-                x, _ = applied(step.twin, step.before.x.astype(np.float64), sizes)
+                x, _ = applied(step.twin, moved(step.twin, step.before).astype(np.float64), sizes)
                 close(step.after.x[:, : x.shape[1]].astype(np.float64), x, 2**-8, "x")
 
     holds()
@@ -445,7 +446,9 @@ def test_bf16_is_planned_in_float32(name):
 
 def _same_plan(actual: token_map.Plan, expected: token_map.Plan) -> None:
     assert actual.how == expected.how
-    parts = [[getattr(plan, field) for field in ("map", "size", "valid", "key_bias")] for plan in (actual, expected)]
+    parts = [
+        [getattr(plan, field) for field in ("map", "size", "valid", "key_bias", "x")] for plan in (actual, expected)
+    ]
     assert jax.tree.structure(parts[0]) == jax.tree.structure(parts[1])
     for a, b in zip(*map(jax.tree.leaves, parts), strict=True):
         assert a.dtype == b.dtype, "a plan is not made in float32"
@@ -497,7 +500,7 @@ def test_the_knob_goes_from_cheapest_to_dearest(name):
     knob, at, totals = REGISTRY[name].knob, info(SHAPE), []
     values = knob.values(at)
     for value in dict.fromkeys(values[i] for i in np.linspace(0, len(values) - 1, 6).round().astype(int)):
-        hooks, entered = made(name, **{knob.field: value}).hooks(at), []
+        hooks, entered = made(name, at, **{knob.field: value}).hooks(at), []
 
         def count(tokens, context, hooks=hooks, entered=entered):
             key = jax.random.wrap_key_data(context.key)
@@ -524,7 +527,7 @@ def test_exemptions_name_a_law_and_say_why(name):
 
 @pytest.mark.parametrize("name", sorted(REGISTRY))
 def test_hooks_can_be_static_arguments(name):
-    reducer = made(name)
+    reducer = made(name, info(SHAPE))
     hooks, again = reducer.hooks(info(SHAPE)), reducer.hooks(info(SHAPE))
     assert hooks
     assert hooks == again
@@ -545,7 +548,7 @@ def _tiny():
 @law("model")
 def test_it_runs_inside_a_vision_transformer(name):
     at, graphdef, params = _tiny()
-    hooks = made(name).hooks(at)
+    hooks = made(name, at).hooks(at)
     assert {hook.where for hook in hooks} <= vit.SITES, "give the contract tests a model with these sites"
 
     @functools.partial(jax.jit, compiler_options=QUICK)

@@ -9,7 +9,7 @@ that took it in); it is not the pseudo-inverse, which differs as soon as sizes d
 from collections.abc import Iterator, Mapping
 import contextlib
 import contextvars
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from flax import struct
 import jax
@@ -154,6 +154,7 @@ class SoftMap(struct.PyTreeNode):
 
 
 TokenMap = HardMap | SoftMap
+Map = TypeVar("Map", HardMap, SoftMap)
 
 
 def identity(batch: int, length: int) -> HardMap:
@@ -163,10 +164,15 @@ def identity(batch: int, length: int) -> HardMap:
     return HardMap(every, nobody, nobody, length)
 
 
-def behind_prefix(map: HardMap, prefix: int) -> HardMap:
+def behind_prefix(map: Map, prefix: int) -> Map:
     """The same map for tokens that stand behind `prefix` protected ones, which stay where they are."""
     if not prefix:
         return map
+    if isinstance(map, SoftMap):
+        first = jnp.broadcast_to(jnp.arange(prefix), (map.anchor.shape[0], prefix))
+        weights = jnp.pad(map.weights, ((0, 0), (prefix, 0), (prefix, 0)))
+        stay = jnp.eye(*weights.shape[1:], dtype=weights.dtype).at[prefix:].set(0)
+        return SoftMap(weights + stay, jnp.concatenate([first, map.anchor + prefix], 1))
     first = jnp.broadcast_to(jnp.arange(prefix), (map.keep.shape[0], prefix))
     return HardMap(
         jnp.concatenate([first, map.keep + prefix], 1),
@@ -232,6 +238,7 @@ class Plan(struct.PyTreeNode):
     valid: Bool[Array, "B M"] | None = None  # of the output; None: where anything valid went in
     proportional: bool | None = struct.field(pytree_node=False, default=None)  # from here on; None: as it was
     key_bias: Float[Array, "B M"] | None = None  # of the output tokens, replaces theirs
+    x: Float[Array, "B N C"] | None = None  # moved in place of the tokens' own features (normalised, gated)
     append: Tokens | None = None  # put behind the output: caches, restored tokens
     carry: Mapping[str, Any] | None = None  # merged into tokens.carry
     aux: Mapping[str, Any] = struct.field(default_factory=dict)  # losses and counts, collected by the model
@@ -243,6 +250,8 @@ def apply(plan: Plan, tokens: Tokens) -> Tokens:
     Raises:
         ValueError: the plan's map takes another number of tokens.
     """
+    if plan.x is not None:
+        tokens = tokens.replace(x=plan.x.astype(tokens.x.dtype))
     if plan.map is not None:
         if plan.map.num_in != tokens.length:
             raise ValueError(f"plan.map takes {plan.map.num_in} tokens, tokens.x has {tokens.length}")
@@ -308,6 +317,7 @@ def _move(plan: Plan, tokens: Tokens) -> Tokens:
         valid=valid,
         position=follow(tokens.position, fill=-1),
         key_bias=follow(tokens.key_bias),
+        segment=follow(tokens.segment, fill=-1),
         kind=follow(tokens.kind),
         origin=None if tokens.origin is None else rows(m.dest(), tokens.origin, fill=m.num_out),
     )

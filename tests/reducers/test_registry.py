@@ -1,13 +1,12 @@
 """The registry: reducers by name, errors that help, knobs and settings that exist."""
 
-import dataclasses
 import math
 
 import pytest
 
 from tokjax import reducers
 from tokjax.hooks import ModelInfo
-from tokjax.reducers import REGISTRY, create, entry, name_of
+from tokjax.reducers import REGISTRY, create, entry, name_of, settings_of
 from tokjax.reducers.vit.tome import ToMe
 
 INFO = ModelInfo(depth=12, width=384, heads=6, length=197, prefix=1, grid=(14, 14))
@@ -41,10 +40,10 @@ def test_reducers_are_attributes_and_know_their_names():
 @pytest.mark.parametrize("name", sorted(REGISTRY))
 def test_what_an_entry_says_fits_its_reducer(name):
     registered = entry(name)
-    fields = {field.name for field in dataclasses.fields(registered.make)}
+    fields = set(settings_of(name))
     assert registered.knob.field in fields
     assert {*registered.neutral, *registered.example} <= fields
-    assert name_of(create(name, **registered.example)) == name
+    assert name_of(create(name, INFO, **registered.example)) == name
     assert registered.kind
     assert registered.paper
 
@@ -55,7 +54,7 @@ def test_every_value_of_a_knob_is_a_setting(name):
     values = knob.values(INFO)
     assert len(set(values)) == len(values) > 10
     for value in values:
-        create(name, **{knob.field: value}).hooks(INFO)
+        create(name, INFO, **{knob.field: value}).hooks(INFO)
 
 
 def test_keep_rates_of_a_knob_reach_every_count():

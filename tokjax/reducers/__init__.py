@@ -7,6 +7,7 @@ of ours. Adding a method is one file beside these and one entry here.
 from collections.abc import Callable, Mapping
 import dataclasses
 import difflib
+import inspect
 import math
 from typing import Any, Literal
 
@@ -76,6 +77,7 @@ class Entry:
         control: whether it is a baseline that looks at no content.
         conserves: whether sizes are tracked and add up to what they were.
         neutral: settings with which it does nothing.
+        learned: whether it has parameters; it is made with the `ModelInfo` of its model as the first argument.
         example: settings for the contract tests, where the defaults would not reduce 17 tokens.
         exempt: laws of the contract tests that do not hold, with the reason.
     """
@@ -90,6 +92,7 @@ class Entry:
     padding: bool = True
     control: bool = False
     conserves: bool = False
+    learned: bool = False
     example: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     exempt: Mapping[Law, str] = dataclasses.field(default_factory=dict)
 
@@ -165,18 +168,35 @@ def entry(name: str) -> Entry:
     return REGISTRY[name]
 
 
-def create(name: str, **settings: Any) -> Reducer:
+def settings_of(name: str) -> list[str]:
+    """The settings that a registered reducer takes."""
+    registered = entry(name)
+    make: Any = registered.make
+    known = list(inspect.signature(make.__init__ if inspect.isclass(make) else make).parameters)
+    return known[inspect.isclass(make) + registered.learned :]
+
+
+def create(name: str, info: ModelInfo | None = None, /, **settings: Any) -> Reducer:
     """Makes a reducer by name; lists in the settings become tuples.
 
+    Args:
+        name: a registered reducer.
+        info: of the model that it will reduce; needed by those that learn, whose parameters depend on it.
+        **settings: of the reducer.
+
     Raises:
-        ValueError: an unknown name or setting, or a value out of range.
+        ValueError: an unknown name or setting, a value out of range, or no info where it is needed.
     """
-    make = entry(name).make
-    known = [field.name for field in dataclasses.fields(make)] if dataclasses.is_dataclass(make) else None
+    registered, known = entry(name), settings_of(name)
     for setting in settings:
-        if known is not None and setting not in known:
+        if setting not in known:
             raise ValueError(f"{setting}={settings[setting]!r}: {name} has the settings {', '.join(known)}")
-    return make(**{key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()})
+    settings = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+    if not registered.learned:
+        return registered.make(**settings)
+    if info is None:
+        raise ValueError(f"info=None: {name} has parameters of its own, so that it needs the info of its model")
+    return registered.make(info, **settings)
 
 
 def name_of(reducer: Reducer) -> str:
