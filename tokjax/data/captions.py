@@ -69,7 +69,7 @@ class Tokenized(Labelled):
 
     Args:
         source: whose examples have `caption`.
-        tokenizer: from strings to ids int32 [B, T], such as `tokjax.pretrained.Tokenizer`.
+        tokenizer: from strings to ids int32 [B, T], such as `tokjax.pretrained.tokenizer.Tokenizer`.
 
     Raises:
         UserError: a source without captions.

@@ -1,0 +1,331 @@
+"""From texts to token ids, with the tokenizer that a text encoder was trained with.
+
+The work is done by the `tokenizers` package, which reads every `tokenizer.json`. What the files leave open is settled
+here, from the published code of each family:
+
+- CLIP (OpenAI, OpenCLIP, Hugging Face): byte-level BPE of lowercase words, 77 ids from start to end of text. OpenAI's
+  and OpenCLIP's own tokenizers pad with 0, Hugging Face's with the end-of-text id; since the text model is causal and
+  reads out the first end of text, both give the same features. What OpenAI's code repairs first, broken text (ftfy) and
+  HTML entities, is left as it is, as by Hugging Face's fast tokenizer.
+- SigLIP: lowercase, ASCII punctuation removed, runs of white space made one; 64 ids padded with `</s>`, id 1
+  (big_vision: `pad_value=1`, sticky end of text). The text model reads out the last position: padding matters.
+- SigLIP2: Gemma's vocabulary, lowercase, no start of text, 64 ids padded with `<pad>`, id 0.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+import gzip
+import json
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from jaxtyping import Int32
+import numpy as np
+from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer as Backend
+
+from tokjax.errors import UserError
+
+_START, _END = "<|startoftext|>", "<|endoftext|>"
+_OPENAI_FILES = ("bpe_simple_vocab_16e6.txt.gz", "bpe_simple_vocab_16e6.txt")
+_OPENAI_MERGES = 49152 - 256 - 2  # its file lists more than its vocabulary uses
+_CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+_ASCII_PUNCTUATION = r"[!-/:-@\[-`{-~]"  # Python's string.punctuation
+_AS_THEY_ARE = ("PreTrainedTokenizerFast", "TokenizersBackend")  # classes that add nothing to tokenizer.json
+_NO_LIMIT = 1_000_000  # Hugging Face writes 1e30 where there is no length
+
+
+class Tokenizer:
+    """Texts to ids of one length: `tokenizer(["a cat", ""])` is int32 [2, length].
+
+    A text that is too long loses its end, but not its end-of-text token; an empty one has the special tokens alone.
+
+    Args:
+        backend: of the `tokenizers` package; its post-processor puts the special tokens. It is changed.
+        length: T.
+        pad_id: fills up short texts.
+        bos_id: for whoever asks; None: texts have no start token.
+        eos_id: the same for their end.
+        pad_side: where the filling stands.
+
+    Raises:
+        ValueError: a length that leaves no room between the special tokens, a pad id that is not in the vocabulary, or
+            another side.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        length: int,
+        pad_id: int,
+        bos_id: int | None = None,
+        eos_id: int | None = None,
+        pad_side: Literal["right", "left"] = "right",
+    ):
+        least = backend.num_special_tokens_to_add(False) + 1
+        if length < least:
+            raise ValueError(f"length must be at least {least}, got {length}")
+        if pad_side not in ("right", "left"):
+            raise ValueError(f"pad_side must be 'right' or 'left', got {pad_side!r}")
+        pad_token = backend.id_to_token(pad_id) if pad_id >= 0 else None
+        if pad_token is None:
+            raise ValueError(f"pad_id must be in the vocabulary of {backend.get_vocab_size()}, got {pad_id}")
+        backend.enable_truncation(length)
+        backend.enable_padding(direction=pad_side, pad_id=pad_id, pad_token=pad_token, length=length)
+        self.backend, self.length = backend, length
+        self.pad_id, self.bos_id, self.eos_id = pad_id, bos_id, eos_id
+        self.pad_side = pad_side
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+        return max(self.backend.get_vocab().values()) + 1
+
+    def __call__(self, texts: Sequence[str]) -> Int32[np.ndarray, "B T"]:
+        """The ids of each text.
+
+        Raises:
+            ValueError: a single string in place of several, or something that is not a string.
+        """
+        if isinstance(texts, str):
+            raise ValueError(f"texts must be a list of strings, got the string {texts!r}")
+        texts = list(texts)
+        for index, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise ValueError(f"texts[{index}] must be a string, got {type(text).__name__} {text!r}")
+        ids = [encoding.ids for encoding in self.backend.encode_batch(texts)]
+        return np.array(ids, np.int32).reshape(len(texts), self.length)
+
+    @classmethod
+    def load(cls, folder: str | Path, *, length: int | None = None, pad_id: int | None = None) -> Self:
+        """The tokenizer of a checkpoint's folder (or of the folder that a file is in).
+
+        Read are, the first that is there: `tokenizer.json`; CLIP's `vocab.json` and `merges.txt`; OpenAI's
+        `bpe_simple_vocab_16e6.txt.gz`, packed or not. `tokenizer_config.json`, `special_tokens_map.json` and
+        `config.json` beside them tell length, special tokens, padding and whether it is one of SigLIP's.
+
+        Args:
+            folder: where the files are.
+            length: T, such as that of the text model's positions; None: what the files say.
+            pad_id: None: what the files say, else the end-of-text id, 0 for OpenAI's file.
+
+        Raises:
+            UserError: no tokenizer in the folder, only a sentencepiece model, a damaged file, or no telling the length
+                or the padding.
+            ValueError: as the class.
+        """
+        folder = Path(folder).expanduser()
+        folder = folder.parent if folder.is_file() else folder
+        settings, special, model = (
+            _read_json(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json", "config.json")
+        )
+        tokens = {name: _content(settings.get(name)) or _content(special.get(name)) for name in _SPECIAL}
+        default_length, default_pad = None, None
+        if (folder / "tokenizer.json").is_file():
+            try:
+                backend = Backend.from_file(str(folder / "tokenizer.json"))
+            except Exception as error:  # the package raises bare Exceptions
+                raise UserError(f"{folder / 'tokenizer.json'} cannot be read: {error}") from error
+            default_pad = (backend.padding or {}).get("pad_id")
+            default_length = (backend.truncation or {}).get("max_length")
+        elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+            merges = _merges(folder / "merges.txt")
+            backend = _clip(_read_json(folder / "vocab.json"), merges, folder / "vocab.json")
+            tokens = {"bos_token": _START, "eos_token": _END, "pad_token": tokens["pad_token"]}
+            default_length = 77
+        elif found := [folder / name for name in _OPENAI_FILES if (folder / name).is_file()]:
+            merges = _merges(found[0])[:_OPENAI_MERGES]
+            backend = _clip(_openai_vocabulary(merges), merges, found[0])
+            tokens = {"bos_token": _START, "eos_token": _END, "pad_token": None}
+            default_length, default_pad = 77, 0
+        elif (folder / "spiece.model").is_file():
+            raise UserError(
+                f"{folder} has its tokenizer as spiece.model only, which needs the sentencepiece package: put the "
+                "tokenizer.json of the same model beside it (transformers' AutoTokenizer saves one)"
+            )
+        else:
+            raise UserError(f"no tokenizer in {folder}: it has neither tokenizer.json nor vocab.json and merges.txt")
+
+        ids = {name: None if text is None else backend.token_to_id(text) for name, text in tokens.items()}
+        kind = str(settings.get("tokenizer_class", "")).removesuffix("Fast")
+        siglip = kind.startswith("Siglip") or str(model.get("model_type", "")).startswith("siglip")
+        if siglip and settings.get("tokenizer_class") not in _AS_THEY_ARE:
+            # Version 1 has the vocabulary of T5, version 2 that of Gemma.
+            _clean(backend, punctuation=backend.token_to_id("</s>") is None)
+            default_length = 64
+        if "add_bos_token" in settings or "add_eos_token" in settings:
+            now = _special_ids(backend)
+            wanted = {name: settings.get(f"add_{name}", ids[name] in now) for name in ("bos_token", "eos_token")}
+            _frame(backend, *(tokens[name] if wanted[name] else None for name in wanted))
+        alone = _special_ids(backend)
+        bos_id, eos_id = ids["bos_token"], ids["eos_token"]
+        if pad_id is None:
+            pad_id = next((i for i in (ids["pad_token"], default_pad, eos_id) if i is not None), None)
+        if pad_id is None:
+            raise UserError(f"{folder} does not say what to pad with: give pad_id")
+        if length is None:
+            text = model.get("text_config") or {}
+            said = [settings.get("model_max_length"), text.get("max_position_embeddings"), default_length]
+            length = next((int(n) for n in said if isinstance(n, int | float) and 0 < n < _NO_LIMIT), None)
+        if length is None:
+            raise UserError(f"{folder} does not say how long texts are: give length")
+        return cls(
+            backend,
+            length=length,
+            pad_id=pad_id,
+            bos_id=bos_id if alone[:1] == [bos_id] else None,
+            eos_id=eos_id if alone[-1:] == [eos_id] else None,
+            pad_side="left" if settings.get("padding_side") == "left" else "right",
+        )
+
+    @classmethod
+    def train_words(cls, captions: Sequence[str], length: int, max_words: int | None = None) -> Self:
+        """A tokenizer of whole lowercase words and punctuation marks, for small experiments.
+
+        Ids: `<pad>` 0, `<unk>` 1 for words it has not seen, then the words, the most frequent first (in alphabetical
+        order where equally frequent), `<bos>`, and `<eos>`, the largest id. So a text model may read out the position
+        of the largest id, as CLIP's does.
+
+        Args:
+            captions: texts to take the words from.
+            length: T, at least 3.
+            max_words: keep the most frequent; None: all.
+
+        Raises:
+            ValueError: captions that are not strings, none of them or none with a word, or a number out of range.
+        """
+        if isinstance(captions, str) or not all(isinstance(text, str) for text in captions):
+            raise ValueError("captions must be a list of strings")
+        if max_words is not None and max_words < 1:
+            raise ValueError(f"max_words must be at least 1 or None, got {max_words}")
+        normaliser = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+        splitter = pre_tokenizers.Whitespace()
+        counts = Counter(
+            word for text in captions for word, _ in splitter.pre_tokenize_str(normaliser.normalize_str(text))
+        )
+        if not counts:
+            raise ValueError(f"captions have no words: got {len(captions)} texts")
+        words = sorted(counts, key=lambda word: (-counts[word], word))[:max_words]
+        vocabulary = {token: index for index, token in enumerate(["<pad>", "<unk>", *words, "<bos>", "<eos>"])}
+        backend = Backend(models.WordLevel(vocabulary, unk_token="<unk>"))
+        backend.normalizer, backend.pre_tokenizer = normaliser, splitter
+        backend.add_special_tokens(["<pad>", "<bos>", "<eos>"])
+        _frame(backend, "<bos>", "<eos>")
+        return cls(backend, length=length, pad_id=0, bos_id=vocabulary["<bos>"], eos_id=vocabulary["<eos>"])
+
+    def save(self, folder: str | Path) -> None:
+        """Writes `tokenizer.json` and `tokenizer_config.json`, which `load` and transformers read to the same ids."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        special = {token.content for token in self.backend.get_added_tokens_decoder().values()}
+        settings: dict[str, Any] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": self.length,
+            "padding_side": self.pad_side,
+        }
+        for name, index in (("bos_token", self.bos_id), ("eos_token", self.eos_id), ("pad_token", self.pad_id)):
+            # A pad token that is an ordinary word, OpenAI's "!", is told by the padding in tokenizer.json alone: what
+            # is called special is cut out of texts.
+            if index is not None and (token := self.backend.id_to_token(index)) in special:
+                settings[name] = token
+        files = {
+            "tokenizer.json": self.backend.to_str(pretty=True),
+            "tokenizer_config.json": json.dumps(settings, indent=2) + "\n",
+        }
+        for name, text in files.items():
+            beside = folder / f".{name}.tmp"
+            beside.write_text(text, "utf-8")
+            beside.replace(folder / name)
+
+
+_SPECIAL = ("bos_token", "eos_token", "pad_token")
+
+
+def _content(token: Any) -> str | None:
+    """A special token in a config is a string or an object with its `content`."""
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold an object, got {type(content).__name__}")
+    return content
+
+
+def _merges(path: Path) -> list[tuple[str, str]]:
+    """The pairs of a list of merges, one a line, below a line that tells its version."""
+    try:
+        data = path.read_bytes()
+        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    lines = [line for line in text.split("\n") if line.strip() and "#version" not in line]
+    if wrong := [line for line in lines if len(line.split()) != 2]:
+        raise UserError(f"{path} must hold two symbols a line, got {wrong[0]!r}")
+    return [(first, second) for first, second in map(str.split, lines)]
+
+
+def _openai_vocabulary(merges: list[tuple[str, str]]) -> dict[str, int]:
+    """Ids in the order of OpenAI's code: bytes, bytes that end a word, merges, the two special tokens."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    symbols = [chr(byte) for byte in printable] + [chr(256 + n) for n in range(256 - len(printable))]
+    tokens = [*symbols, *(f"{symbol}</w>" for symbol in symbols), *map("".join, merges), _START, _END]
+    return {token: index for index, token in enumerate(tokens)}
+
+
+def _clip(vocabulary: dict[str, int], merges: list[tuple[str, str]], path: Path) -> Backend:
+    if missing := [token for token in (_START, _END) if token not in vocabulary]:
+        raise UserError(f"{path} is not a vocabulary of CLIP: it lacks {missing[0]}")
+    try:
+        model = models.BPE(vocabulary, merges, unk_token=_END, end_of_word_suffix="</w>")
+    except Exception as error:  # as above
+        raise UserError(f"{path} does not fit its merges: {error}") from error
+    backend = Backend(model)
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_CLIP_WORDS), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in (_START, _END)])
+    _frame(backend, _START, _END)
+    return backend
+
+
+def _frame(backend: Backend, start: str | None, end: str | None) -> None:
+    """Lets every text begin and end with a token, or not."""
+    tokens = [token for token in (start, end) if token is not None]
+    pieces = [*([start] if start else []), "$A", *([end] if end else [])]
+    backend.post_processor = processors.TemplateProcessing(
+        single=pieces, special_tokens=[(token, backend.token_to_id(token)) for token in dict.fromkeys(tokens)]
+    )
+
+
+def _clean(backend: Backend, punctuation: bool) -> None:
+    """Puts SigLIP's cleaning before the tokenizer's own; without `punctuation` that of version 1, else of version 2."""
+    steps: list[Any] = [normalizers.Lowercase()]
+    if not punctuation:
+        steps += [
+            normalizers.Replace(Regex(_ASCII_PUNCTUATION), ""),
+            normalizers.Replace(Regex(r"\s+"), " "),
+            normalizers.Strip(),
+        ]
+    own = backend.normalizer
+    backend.normalizer = normalizers.Sequence([*steps, *([own] if own is not None else [])])
+
+
+def _special_ids(backend: Backend) -> list[int]:
+    """The ids of an empty text."""
+    backend.no_padding()
+    return backend.encode("").ids
