@@ -40,6 +40,7 @@ class Context(struct.PyTreeNode):
 
     grid: tuple[int, int] | None = struct.field(pytree_node=False, default=None)  # patches down and across
     key: Array | None = None  # PRNG key of this call, one or one a row
+    rows: Int[Array, "B"] | None = None  # number of every row, where a batch was regrouped; None: 0, 1, ...
     text: Float[Array, "B T C"] | None = None
     text_valid: Bool[Array, "B T"] | None = None
     frames: Int[Array, "B N"] | None = None  # frame of every token
@@ -49,7 +50,8 @@ class Context(struct.PyTreeNode):
         """One key a row, which does not depend on the batch around it; `seed` serves where the call has no key."""
         key = jax.random.key(seed) if self.key is None else self.key
         if key.ndim == 0:
-            key = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
+            rows = jnp.arange(batch) if self.rows is None else self.rows
+            key = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
         return jax.vmap(jax.random.fold_in, (0, None))(key, salt)
 
 

@@ -111,8 +111,9 @@ class Attention(nnx.Module):
         bias = tokens.attention_bias()
         bias = None if bias is None else bias[:, None, None]
         # By true position where there is one: reducers may change the order.
-        pairs = _no_later(tokens.position) if self.causal and tokens.position is not None else None
-        rule = AttentionRule(scale=d**-0.5, causal=self.causal and pairs is None)
+        ordered = self.causal and tokens.position is not None
+        pairs = _pair_bias(tokens.position if ordered else None, tokens.segment)
+        rule = AttentionRule(scale=d**-0.5, causal=self.causal and not ordered)
         return Signals(q, k, v, bias, context=context, rule=rule, pair_bias=pairs)
 
     def __call__(self, signals: Signals) -> Float[Array, "B N C"]:
@@ -120,11 +121,20 @@ class Attention(nnx.Module):
         return self.proj(out.reshape(*out.shape[:2], -1))
 
 
-def _no_later(position: Int[Array, "B N"]) -> Callable[[Queries], Float[Array, "B 1 Q N"]]:
-    """The causal mask of tokens that do not stand in order."""
+def _pair_bias(
+    position: Int[Array, "B N"] | None, segment: Int[Array, "B N"] | None
+) -> Callable[[Queries], Float[Array, "B 1 Q N"]] | None:
+    """The causal mask of tokens that do not stand in order, and that of rows which hold several sequences."""
+    if position is None and segment is None:
+        return None
 
     def bias(queries: Queries) -> Array:
-        return jnp.where(position[:, queries, None] >= position[:, None], 0.0, MASKED)[:, None]
+        seen = jnp.bool_(True)
+        if position is not None:
+            seen = position[:, queries, None] >= position[:, None]
+        if segment is not None:
+            seen &= segment[:, queries, None] == segment[:, None]
+        return jnp.where(seen, 0.0, MASKED)[:, None]
 
     return bias
 
@@ -201,18 +211,21 @@ class Blocks(nnx.Module):
         context: Context,
         key: Array | None = None,
         keep_states: bool = False,
+        span: tuple[int, int] | None = None,
     ) -> Ran:
-        """All blocks; traces if `tokens.origin` is filled. `key`: stochastic depth."""
-        tokens, _ = hk.reduce(hooks, "input", 0, tokens, Signals(context=context))
+        """All blocks, or those of `span`; traces if `tokens.origin` is filled. `key`: stochastic depth."""
+        first, last = span or (0, cfg.depth)
+        if first == 0:
+            tokens, _ = hk.reduce(hooks, "input", 0, tokens, Signals(context=context))
         readout = hk.at(hooks, "readout", 0)
         keep, traced = keep_states or bool(readout), tokens.origin is not None
         states: list[Tokens] = []
         traces: list[LayerTrace] = []
-        for first, last, block in self._runs(cfg, hooks, whole=not keep and not traced):
+        for at, end, block in self._runs(cfg, hooks, first, last, whole=not keep and not traced):
             if block is None:
-                tokens = self._scan(cfg, tokens, first, last, context, key)
+                tokens = self._scan(cfg, tokens, at, end, context, key)
                 continue
-            tokens, entered = block(tokens, hooks, first, context, _drop(cfg, first, key))
+            tokens, entered = block(tokens, hooks, at, context, _drop(cfg, at, key))
             if keep:
                 states.append(tokens)
             if tokens.origin is not None:
@@ -224,10 +237,11 @@ class Blocks(nnx.Module):
             tuple(states) if keep_states else None,
         )
 
-    def _runs(self, cfg: BlockConfig, hooks: Sequence[hk.Hook], whole: bool) -> Iterator[tuple[int, int, Block | None]]:
+    def _runs(
+        self, cfg: BlockConfig, hooks: Sequence[hk.Hook], first: int, depth: int, whole: bool
+    ) -> Iterator[tuple[int, int, Block | None]]:
         """(first, last, block) in order; a run of at least four hook-free stacked blocks has None for the block."""
         hooked = {hook.layer for hook in hooks if hook.where not in ("input", "readout")}
-        first, depth = 0, cfg.depth
         while first < depth:
             last = first + 1
             if cfg.scan and whole and first not in hooked:

@@ -18,7 +18,7 @@ import numpy as np
 
 from tokjax import hooks as hk
 from tokjax.models import layers
-from tokjax.models.transformer import SITES, Blocks, Gelu, MlpKind, Output, check_blocks
+from tokjax.models.transformer import SITES, Blocks, Gelu, MlpKind, Output, Ran, check_blocks
 from tokjax.signals import Context
 from tokjax.tokens import Tokens
 
@@ -315,9 +315,16 @@ class ViT(Blocks):
         states: bool = False,
     ) -> Output:
         """Runs blocks and head on embedded tokens; traces if `tokens.origin` is filled. `key`: stochastic depth."""
-        cfg, context = self.cfg, context or Context(grid=self.cfg.info.grid)
-        ran = self._run(cfg, tokens, hooks, context, key, states)
-        tokens, pooled = ran.tokens, ran.pooled
+        ran = self._run(self.cfg, tokens, hooks, context or Context(grid=self.cfg.info.grid), key, states)
+        return self.readout(ran)
+
+    def stretch(self, tokens: Tokens, hooks: Sequence[hk.Hook], context: Context, span: tuple[int, int]) -> Tokens:
+        """Runs some blocks only, for programs that are cut where the number of tokens is looked at."""
+        return self._run(self.cfg, tokens, hooks, context, span=span).tokens
+
+    def readout(self, ran: Ran) -> Output:
+        """Final norm, pooling and head on what the blocks left."""
+        cfg, tokens, pooled = self.cfg, ran.tokens, ran.pooled
         features = tokens.x if cfg.fc_norm else self.norm(tokens.x).astype(tokens.x.dtype)
         if pooled is None:
             last = tokens.replace(x=features)
