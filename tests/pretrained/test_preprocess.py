@@ -1,4 +1,4 @@
-import io
+import dataclasses
 import json
 
 import numpy as np
@@ -7,6 +7,7 @@ import pytest
 
 from tokjax.errors import UserError
 from tokjax.pretrained import preprocess as pp
+from tokjax.pretrained.naflex import Naflex
 from tokjax.pretrained.preprocess import Preprocess
 
 
@@ -15,6 +16,7 @@ def noise(height, width, channels=3, seed=0):
 
 
 PLAIN = Preprocess((8, 8), "square", (8, 8), crop=False, mean=(0.0,) * 3, std=(1.0,) * 3, rescale=1.0)
+FLOATS = Preprocess((8, 6), "square", (8, 6), "bilinear", crop=False, float_resize=True)
 
 
 def test_normalised_pixels_of_a_batch_of_that_size():
@@ -39,65 +41,12 @@ def test_resizing_is_pillows():
     np.testing.assert_array_equal(square([image])[0], np.asarray(image.resize((20, 24), Image.Resampling.BILINEAR)))
 
 
-def test_short_side_of_either_orientation():
-    assert pp.resize_short(Image.new("RGB", (53, 37)), 24).size == (34, 24)
-    assert pp.resize_short(Image.new("RGB", (37, 53)), 24).size == (24, 34)
-    assert pp.resize_short(Image.new("RGB", (30, 30)), 24).size == (24, 24)
-
-
 def test_targets_that_are_not_square_are_just_covered():
     resized = pp.resize_short(Image.new("RGB", (100, 100)), (40, 20))
     assert resized.size == (40, 40)
     run = pp.timm_eval((48, 32), crop_pct=0.9)
     assert run.resize_to == (53, 35)
     assert run([noise(60, 200), noise(200, 60)]).shape == (2, 48, 32, 3)
-
-
-@pytest.mark.parametrize(("rule", "offsets"), [("torchvision", (0, 2)), ("hf", (0, 1))])
-def test_the_odd_pixel_of_a_crop(rule, offsets):
-    # 1 and 3 spare pixels: halves 0.5 and 1.5 go to the even 0 and 2, or down.
-    image = noise(9, 11)
-    top, left = offsets
-    cropped = pp.centre_crop(Image.fromarray(image), (8, 8), rule)
-    np.testing.assert_array_equal(np.asarray(cropped), image[top : top + 8, left : left + 8])
-
-
-def test_other_kinds_of_images_become_rgb():
-    rgb = Image.fromarray(noise(8, 8))
-    grey = rgb.convert("L")
-    palette = rgb.convert("P", palette=Image.Palette.ADAPTIVE)
-    cases = {
-        "grey": (grey, np.repeat(np.asarray(grey)[..., None], 3, -1)),
-        "grey array": (np.asarray(grey), np.repeat(np.asarray(grey)[..., None], 3, -1)),
-        "grey array with an axis": (np.asarray(grey)[..., None], np.repeat(np.asarray(grey)[..., None], 3, -1)),
-        "alpha": (np.concatenate([np.asarray(rgb), np.zeros((8, 8, 1), np.uint8)], -1), np.asarray(rgb)),
-        "palette": (palette, np.asarray(palette.convert("RGB"))),
-        "cmyk": (rgb.convert("CMYK"), np.asarray(rgb.convert("CMYK").convert("RGB"))),
-        "16 bit": (
-            Image.fromarray((np.asarray(grey).astype(np.uint16) << 8) + 7),
-            np.repeat(np.asarray(grey)[..., None], 3, -1),
-        ),
-    }
-    for name, (image, want) in cases.items():
-        np.testing.assert_array_equal(PLAIN([image])[0], want, err_msg=name)
-
-
-def test_a_palette_with_transparency_gives_its_colours(recwarn):
-    image = Image.fromarray(noise(8, 8)).convert("P", palette=Image.Palette.ADAPTIVE)
-    file = io.BytesIO()
-    image.save(file, "PNG", transparency=bytes(range(256)))
-    np.testing.assert_array_equal(PLAIN([Image.open(file)])[0], np.asarray(image.convert("RGB")))
-    assert not recwarn.list
-
-
-def test_orientation_is_applied():
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned
-    file = io.BytesIO()
-    image = noise(6, 8)
-    Image.fromarray(image).save(file, "PNG", exif=exif)
-    turned = Preprocess((8, 6), "square", (8, 6), crop=False, mean=(0.0,) * 3, std=(1.0,) * 3, rescale=1.0)
-    np.testing.assert_array_equal(turned([Image.open(file)])[0], np.rot90(image, -1))
 
 
 def test_grey_models():
@@ -138,16 +87,14 @@ def test_bad_images_are_named(images, message):
         ({"mean": (0.5, 0.5)}, "mean ="),
         ({"std": (0.0, 1.0, 1.0)}, "std ="),
         ({"size": (0, 224)}, "size ="),
+        ({"mean": (float("nan"),) * 3}, "finite"),
+        ({"rescale": float("inf")}, "finite"),
+        ({"std": (1e-44, 1.0, 1.0)}, "finite"),
     ],
 )
 def test_bad_settings_are_named(fields, message):
     with pytest.raises(ValueError, match=message):
         Preprocess(**{"size": (224, 224), **fields})
-
-
-def test_an_image_smaller_than_its_crop():
-    with pytest.raises(ValueError, match="10x10 pixels is smaller than the crop of 12x8"):
-        pp.centre_crop(Image.new("RGB", (10, 10)), (12, 8))
 
 
 @pytest.mark.parametrize(
@@ -158,6 +105,7 @@ def test_an_image_smaller_than_its_crop():
         pp.timm_eval((384, 384), 1.0, "bilinear", crop_mode="squash"),
         pp.script_eval((224, 224)),
         PLAIN,
+        FLOATS,
     ],
 )
 def test_to_and_from_plain_values(run):
@@ -228,15 +176,141 @@ def test_processors_that_are_not_understood(processor):
         DEFAULT,
         Preprocess((224, 224), "square", 256, crop_rule="hf"),
         Preprocess((224, 224), "short", 256, "bilinear", crop_rule="hf", rescale=0.5),
+        Preprocess((96, 64), "square", (96, 64), crop=False, mean=pp.HALF, std=pp.HALF),
+        FLOATS,
     ],
 )
 def test_processors_round_trip(run):
-    again = pp.from_processor(pp.to_processor(run), Preprocess((99, 99)))
+    again = pp.from_processor(json.loads(json.dumps(pp.to_processor(run))), Preprocess((99, 99), filter="bicubic"))
     assert again == Preprocess(**{**run.to_dict(), "crop_rule": "hf"})
 
 
-def test_no_processor_covers_a_rectangle():
-    assert pp.to_processor(pp.timm_eval((48, 32), 0.9)) is None
+@pytest.mark.parametrize(
+    "run",
+    [
+        pp.timm_eval((48, 32), 0.9),  # covers a rectangle
+        Preprocess((224, 224), "square", 256, float_resize=True),
+        Preprocess((224, 224), "short", 256, float_resize=True),
+    ],
+)
+def test_what_no_processor_does(run):
+    assert pp.to_processor(run) is None
+
+
+def test_the_class_of_a_processor_can_be_chosen():
+    assert pp.to_processor(DEFAULT)["image_processor_type"] == "ViTImageProcessor"
+    assert pp.to_processor(DEFAULT, "SiglipImageProcessor")["image_processor_type"] == "SiglipImageProcessor"
+    with pytest.raises(ValueError, match=r"CLIPImageProcessor.*ViTImageProcessor or SiglipImageProcessor"):
+        pp.to_processor(DEFAULT, "CLIPImageProcessor")
+
+
+# Where a file is silent, transformers' classes decide, not the default given.
+CLASSES = {
+    "CLIPImageProcessor": ("short", 224, True, "bicubic", pp.CLIP_MEAN),
+    "CLIPImageProcessorFast": ("short", 224, True, "bicubic", pp.CLIP_MEAN),
+    "CLIPFeatureExtractor": ("short", 224, True, "bicubic", pp.CLIP_MEAN),
+    "BitImageProcessor": ("short", 224, True, "bicubic", pp.CLIP_MEAN),
+    "SiglipImageProcessor": ("square", 224, False, "bicubic", pp.HALF),
+    "ViTImageProcessor": ("square", 224, False, "bilinear", pp.HALF),
+    "ViTFeatureExtractor": ("square", 224, False, "bilinear", pp.HALF),
+    "DeiTImageProcessorFast": ("square", 256, True, "bicubic", pp.HALF),
+    "DINOv3ViTImageProcessor": ("square", 224, False, "bilinear", pp.IMAGENET_MEAN),
+    "DINOv3ViTImageProcessorFast": ("square", 224, False, "bilinear", pp.IMAGENET_MEAN),
+}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_classes_of_processors(name):
+    run = pp.from_processor({"image_processor_type": name}, Preprocess((99, 99), "short", 111))
+    assert (run.resize, run.resize_to, run.crop, run.filter, run.mean) == CLASSES[name]
+    assert run.size == (224, 224)
+    assert run.crop_rule == "hf"
+    assert run.float_resize == name.startswith("DINOv3")
+
+
+def test_one_number_is_the_short_side_of_clip():
+    """The files of OpenAI's CLIP on the hub."""
+    old = {"feature_extractor_type": "CLIPFeatureExtractor", "size": 224, "crop_size": 224, "resample": 3}
+    assert pp.from_processor(old, DEFAULT) == dataclasses.replace(pp.clip_eval((224, 224)), crop_rule="hf")
+    assert pp.from_processor({**old, "feature_extractor_type": "ViTFeatureExtractor"}, DEFAULT).resize == "square"
+    unnamed = {"size": 256, "crop_size": 224}
+    assert pp.from_processor(unnamed, pp.clip_eval((224, 224))).resize == "short"
+    assert pp.from_processor({"size": 256}, pp.clip_eval((224, 224))).resize == "square"
+
+
+def test_dinov2s_processor():
+    file = {
+        "image_processor_type": "BitImageProcessor",
+        "size": {"shortest_edge": 256, "longest_edge": None},
+        "crop_size": {"height": 224, "width": 224},
+        "image_mean": list(pp.IMAGENET_MEAN),
+        "image_std": list(pp.IMAGENET_STD),
+    }
+    want = Preprocess((224, 224), "short", 256, crop_rule="hf")
+    assert pp.from_processor(file, DEFAULT) == want
+    assert pp.from_processor({"image_processor": file, "processor_class": "X"}, DEFAULT) == want
+
+
+def test_one_mean_for_all_channels():
+    run = pp.from_processor({"image_mean": 0.25, "image_std": 0.5}, DEFAULT)
+    assert (run.mean, run.std) == ((0.25,) * 3, (0.5,) * 3)
+
+
+@pytest.mark.parametrize(
+    ("processor", "default", "message"),
+    [
+        ({"image_processor_type": "Siglip2ImageProcessor"}, DEFAULT, "patches of images of any size"),
+        ({"image_processor_type": "SiglipImageProcessor"}, Naflex(), "images of one size"),
+        ({"image_processor_type": "ConvNextImageProcessor", "crop_pct": 0.875}, DEFAULT, "crop_pct"),
+        ({"do_pad": True}, DEFAULT, "do_pad"),
+        ({"image_processor_type": "CLIPImageProcessor", "do_center_crop": False}, DEFAULT, "Without a crop"),
+        ({"size": "224"}, DEFAULT, "size = '224'"),
+    ],
+)
+def test_processors_that_do_something_else(processor, default, message):
+    with pytest.raises(UserError, match=message):
+        pp.from_processor(processor, default)
+
+
+def test_naflex_processors():
+    file = {"image_processor_type": "Siglip2ImageProcessor", "max_num_patches": 576, "patch_size": 14, "resample": 3}
+    run = pp.from_processor(file, Naflex())
+    assert run == Naflex(14, 576, filter="bicubic")
+    assert pp.from_processor(json.loads(json.dumps(pp.to_processor(run))), Naflex(8, 8)) == run
+    still = Naflex(resize=False, mean=(0.1, 0.2, 0.3))
+    assert pp.from_processor(pp.to_processor(still, "Siglip2ImageProcessor"), Naflex()) == still
+
+
+def test_openclips_settings():
+    assert pp.from_openclip({}, (224, 224)) == pp.clip_eval((224, 224))
+    siglip = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash", "size": 256}
+    run = pp.from_openclip(siglip, (224, 224))
+    assert run == Preprocess((256, 256), "square", 256, crop=False, mean=pp.HALF, std=pp.HALF)
+    assert pp.from_openclip({"interpolation": "bilinear", "size": [48, 32], "fill_color": 0}, (9, 9)).size == (48, 32)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"resize_mode": "longest"}, {"interpolation": "nearest"}, {"std": [0, 1, 1]}, {"size": "large"}]
+)
+def test_openclips_settings_that_are_not_known(settings):
+    with pytest.raises(UserError, match="preprocess_cfg"):
+        pp.from_openclip(settings, (224, 224))
+
+
+def test_floats_are_resized_without_rounding():
+    image = noise(37, 53)
+    run = dataclasses.replace(FLOATS, mean=(0.0,) * 3, std=(1.0,) * 3)
+    bands = [Image.fromarray(np.float32(image[..., c]) * np.float32(1 / 255)) for c in range(3)]
+    want = np.stack([np.asarray(band.resize((6, 8), Image.Resampling.BILINEAR)) for band in bands], -1)
+    np.testing.assert_allclose(run([image])[0], want, atol=1e-6)
+    rounded = dataclasses.replace(run, float_resize=False)
+    assert 1e-4 < np.abs(run([image]) - rounded([image])).max() < 2 / 255
+    np.testing.assert_array_equal(np.asarray(run.transform(image)), np.asarray(rounded.transform(image)))
+
+
+def test_either_kind_from_plain_values():
+    for run in (PLAIN, FLOATS, Naflex(14, 100)):
+        assert pp.from_dict(run.to_dict()) == run
 
 
 @pytest.mark.parametrize("run", [pp.timm_eval((224, 224), c) for c in (0.9, 0.875, 0.95, 0.9375, 1.0)])

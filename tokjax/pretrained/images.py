@@ -1,9 +1,9 @@
 """Reading images of every kind, resizing and cropping them, and doing so for many at a time.
 
 Resizing is Pillow's own (kernels widened when shrinking), which timm, OpenAI's CLIP and Hugging Face's image processors
-use. Its two passes, with bytes between them, do not commute: rows came first up to Pillow 12, while Pillow 13 begins with
-columns where the height shrinks much more than the width. Here each pass is a call of its own, rows first, so the bytes
-are those of the published pipelines whatever the version.
+use. Its two passes, with bytes between them, do not commute: up to Pillow 12 rows come first, while Pillow 13 begins
+with columns where the height shrinks much more than the width. Here each pass is a call of its own, rows first, so the
+bytes are those of the published pipelines whatever the version.
 """
 
 from collections.abc import Callable, Sequence
@@ -75,7 +75,7 @@ def to_mode(image: Picture, mode: Literal["RGB", "L"] = "RGB") -> Image.Image:
     Raises:
         UserError: a file or bytes that cannot be decoded.
         ValueError: an array of another type or shape or without pixels, or a Pillow image of 32 bit pixels (modes "I"
-            and "F") or of a mode that Pillow does not convert (LAB).
+            and "F") or of a mode that Pillow does not convert (LAB to grey).
     """
     if isinstance(image, np.ndarray):
         image = _from_array(image)
