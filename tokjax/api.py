@@ -23,8 +23,8 @@ from tokjax.models.dual import DualConfig, DualOutput, unit
 from tokjax.models.text import Text, TextConfig
 from tokjax.models.transformer import Blocks, LayerTrace, Output, skeleton
 from tokjax.models.vit import Patches, ViT, ViTConfig
+from tokjax.pretrained.checkpoint import load_checkpoint, save_checkpoint
 from tokjax.pretrained.files import Tensors
-from tokjax.pretrained.vit import load_checkpoint, save_checkpoint
 
 Family = Literal["hf", "timm"]
 Tower = Literal["vision", "text"]

@@ -15,7 +15,7 @@ from tokjax.models.vit import ViT, ViTConfig
 from tokjax.pretrained import Preprocess, files, load_checkpoint, save_checkpoint
 from tokjax.pretrained import preprocess as pp
 from tokjax.pretrained.positions import resize_positions
-from tokjax.pretrained.vit import shapes
+from tokjax.pretrained.checkpoint import shapes
 
 TINY = ViTConfig((16, 16), 8, width=8, depth=2, heads=2, mlp_ratio=2.0, num_classes=5)
 
@@ -292,7 +292,7 @@ def test_nothing_is_half_written(tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("tokjax.pretrained.vit.save_file", fail)
+    monkeypatch.setattr("tokjax.pretrained.checkpoint.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         save_checkpoint(tmp_path, TINY, random_params(TINY, seed=1))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -16,7 +16,7 @@ from tokjax import api, tasks
 from tokjax.bench import report
 from tokjax.errors import UserError
 from tokjax.models.vit import ViTConfig, preset
-from tokjax.pretrained.vit import save_checkpoint, shapes
+from tokjax.pretrained.checkpoint import save_checkpoint, shapes
 from tokjax.tasks.classify import with_classes
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -1,13 +1,23 @@
-"""The correspondence between the tensors of a torch checkpoint and the parameter tree of a model, in both directions.
+"""The correspondence between the tensors of a checkpoint and the parameter tree of a model, in both directions.
 
-A naming is a table of rows, "this part of the tree is these tensors". The layout rules that all torch checkpoints share
-are applied here once:
+A naming is a table of rows, "this part of the tree is these tensors". The layout rules that checkpoints share are
+applied here once, by the kind of a row:
 
-* a linear weight `[out, in]` is a kernel `[in, out]`;
-* a patch convolution `[C, channels, p, p]` is a kernel `[p * p * channels, C]` for patches flattened in (row, column,
-  channel) order;
-* a norm's weight is a scale;
-* separate query, key and value weights are one fused `qkv`, in that order.
+| kind | tensors | tree |
+| --- | --- | --- |
+| linear | `.weight` [out, in], `.bias` | kernel [in, out], bias |
+| in_proj | `_weight` [out, in], `_bias` | kernel, bias |
+| matrix | [in, out], as `x @ matrix` | kernel |
+| patch | `.weight` [C, channels, p, p], `.bias` | kernel [p * p * channels, C] (row, column, channel), bias |
+| norm | `.weight`, `.bias` | scale, bias |
+| array | any | the same |
+| vector | [C] | [1, 1, C] |
+| rows | [T, C] | [1, T, C] |
+| one | [1] | a scalar |
+| positions | timm's table, in which registers may have rows | [1, T, C] without them |
+
+Several tensors are joined along the output axis in the order in which a row names them, so that query, key and value
+are one fused `qkv`; a name that ends in ":2" holds two equal parts of what is joined.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -18,17 +28,27 @@ import jax
 import numpy as np
 
 from tokjax.errors import UserError
+from tokjax.models.dual import DualConfig
 from tokjax.models.vit import ViTConfig
+from tokjax.pretrained.stored import to_float32
 
-Kind = Literal["linear", "norm", "patch", "array", "positions"]
+Kind = Literal["linear", "in_proj", "matrix", "patch", "norm", "array", "vector", "rows", "one", "positions"]
 Path = tuple[str | int, ...]
+Config = ViTConfig | DualConfig
+Place = Callable[[Path, np.ndarray], Any]
 
+_WHOLE = {"": ""}
 _SUFFIX: dict[Kind, dict[str, str]] = {
     "linear": {"kernel": ".weight", "bias": ".bias"},
+    "in_proj": {"kernel": "_weight", "bias": "_bias"},
+    "matrix": {"kernel": ""},
     "patch": {"kernel": ".weight", "bias": ".bias"},
     "norm": {"scale": ".weight", "bias": ".bias"},
-    "array": {"": ""},
-    "positions": {"": ""},
+    "array": _WHOLE,
+    "vector": _WHOLE,
+    "rows": _WHOLE,
+    "one": _WHOLE,
+    "positions": _WHOLE,
 }
 
 
@@ -41,37 +61,45 @@ class Readable(Protocol):
     def shape(self, name: str) -> tuple[int, ...]: ...
 
 
-class Renamed:
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """A tensor that is computed from stored ones when it is asked for."""
+
+    shape: tuple[int, ...]
+    make: Callable[[], np.ndarray]
+
+
+class View:
     """Tensors under other names.
 
     Args:
         tensors: the tensors as stored.
         rename: stored name -> name here.
-        extra: tensors to add, or to put in place of stored ones.
+        made: tensors to add, or to put in place of stored ones.
         without: names (as here) that are left out.
     """
 
     def __init__(
         self,
         tensors: Readable,
-        rename: Callable[[str], str],
-        extra: Mapping[str, np.ndarray] | None = None,
+        rename: Callable[[str], str] = lambda name: name,
+        made: Mapping[str, Made] | None = None,
         without: frozenset[str] = frozenset(),
     ):
-        self._tensors, self._extra = tensors, dict(extra or {})
-        self._stored = {rename(name): name for name in tensors if rename(name) not in without | self._extra.keys()}
+        self._tensors, self._made = tensors, dict(made or {})
+        self._stored = {rename(name): name for name in tensors if rename(name) not in without | self._made.keys()}
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return self._extra[name] if name in self._extra else self._tensors[self._stored[name]]
+        return self._made[name].make() if name in self._made else self._tensors[self._stored[name]]
 
     def __iter__(self) -> Iterator[str]:
-        return iter([*self._stored, *self._extra])
+        return iter([*self._stored, *self._made])
 
     def __contains__(self, name: object) -> bool:
-        return name in self._stored or name in self._extra
+        return name in self._stored or name in self._made
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._extra[name].shape if name in self._extra else self._tensors.shape(self._stored[name])
+        return self._made[name].shape if name in self._made else self._tensors.shape(self._stored[name])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +109,7 @@ class Row:
     Attributes:
         kind: which layout rule turns one into the other.
         tree: dotted path in the parameter tree.
-        files: names in the file without ".weight" and ".bias"; several are joined along the output axis.
+        files: names in the file without the kind's suffixes; several are joined along the output axis.
     """
 
     kind: Kind
@@ -94,51 +122,56 @@ def table(*rows: tuple[str, ...]) -> dict[str, Row]:
     return {tree: Row(kind, tree, tuple(files) or (tree,)) for kind, tree, *files in rows}  # type: ignore[arg-type]
 
 
+def under(tree: str, file: str, rows: Mapping[str, Row]) -> dict[str, Row]:
+    """The rows with a prefix to their paths and one to their names: a tower within a larger model."""
+    moved = (Row(row.kind, tree + row.tree, tuple(file + name for name in row.files)) for row in rows.values())
+    return {row.tree: row for row in moved}
+
+
 @dataclasses.dataclass(frozen=True)
 class Leaf:
     """One array of the tree: the names of its tensors, and how it is made from them and taken apart."""
 
     names: tuple[str, ...]
+    parts: tuple[int, ...]
     kind: Kind
-    kernel: bool
+    transposed: bool
 
-    def decode(self, tensors: list[np.ndarray], config: ViTConfig) -> np.ndarray:
-        """The tree's array from the file's tensors."""
-        if self.kind == "patch" and self.kernel:
-            return tensors[0].transpose(2, 3, 1, 0).reshape(-1, tensors[0].shape[0])
+    def decode(self, tensors: list[np.ndarray], shape: tuple[int, ...], config: Config) -> np.ndarray:
+        """The tree's array of this shape from the file's tensors."""
+        if self.kind == "patch" and self.transposed:
+            return tensors[0].transpose(2, 3, 1, 0).reshape(shape)
         if self.kind == "positions":
-            return _without_register_rows(tensors[0], config)
-        if self.kernel:
-            return np.concatenate([tensor.T for tensor in tensors], axis=1)
-        return np.concatenate(tensors) if len(tensors) > 1 else tensors[0]
+            return np.delete(tensors[0], _register_rows(config), axis=1)
+        pieces = [tensor.T for tensor in tensors] if self.transposed else tensors
+        return (np.concatenate(pieces, axis=-1) if len(pieces) > 1 else pieces[0]).reshape(shape)
 
-    def encode(self, array: np.ndarray, config: ViTConfig) -> list[np.ndarray]:
+    def encode(self, array: np.ndarray, config: Config) -> list[np.ndarray]:
         """The file's tensors from the tree's array."""
-        if self.kind == "patch" and self.kernel:
-            p = config.patch_size
-            return [array.reshape(p, p, config.channels, -1).transpose(3, 2, 0, 1)]
+        if self.kind == "patch" and self.transposed:
+            p, channels = _vision(config).patch_size, _vision(config).channels
+            return [array.reshape(p, p, channels, -1).transpose(3, 2, 0, 1)]
         if self.kind == "positions":
-            return [_with_register_rows(array, config)]
-        if self.kernel:
-            return [part.T for part in np.split(array, len(self.names), axis=1)]
-        return np.split(array, len(self.names)) if len(self.names) > 1 else [array]
+            rows = _register_rows(config)
+            return [np.insert(array, [rows.start] * (rows.stop - rows.start), 0, axis=1)]
+        if self.kind in ("vector", "rows", "one"):
+            drop = {"vector": 2, "rows": 1, "one": 0}[self.kind]
+            return [array.reshape(array.shape[drop:] or (1,))]
+        if len(self.names) == 1:
+            return [array.T if self.transposed else array]
+        each = array.shape[-1] // sum(self.parts)
+        pieces = np.split(array, np.cumsum(self.parts[:-1]) * each, axis=-1)
+        return [piece.T if self.transposed else piece for piece in pieces]
 
 
-def _register_rows(config: ViTConfig) -> int:
-    """Rows for registers in a timm table, which has them whenever it has one for CLS; this tree never does."""
-    return config.registers if config.table_prefix else 0
+def _vision(config: Config) -> ViTConfig:
+    return config.vision if isinstance(config, DualConfig) else config
 
 
-def _with_register_rows(array: np.ndarray, config: ViTConfig) -> np.ndarray:
-    rows, at = _register_rows(config), config.table_prefix
-    return np.insert(array, [at] * rows, 0, axis=1) if rows else array
-
-
-def _without_register_rows(tensor: np.ndarray, config: ViTConfig) -> np.ndarray:
-    rows, at = _register_rows(config), config.table_prefix
-    if rows and np.any(tensor[:, at : at + rows]):
-        raise UserError("The position table has rows for the registers; add them to the register tokens and zero them.")
-    return np.delete(tensor, slice(at, at + rows), axis=1) if rows else tensor
+def _register_rows(config: Config) -> slice:
+    """Rows for registers in a timm table, which has them unless it has patches alone; this tree never does."""
+    vision = _vision(config)
+    return slice(vision.table_prefix, vision.table_prefix + vision.position_prefix * vision.registers)
 
 
 def leaf(rows: Mapping[str, Row], path: Path) -> Leaf:
@@ -153,8 +186,10 @@ def leaf(rows: Mapping[str, Row], path: Path) -> Leaf:
     if row is None or last not in _SUFFIX[row.kind]:
         raise UserError(f"Parameter {'.'.join(map(str, path))} has no name in this kind of checkpoint.")
     block = next((str(part) for part in path if isinstance(part, int)), "")
-    names = tuple(name.replace("*", block) + _SUFFIX[row.kind][last] for name in row.files)
-    return Leaf(names, row.kind, kernel=last == "kernel")
+    pairs = [name.partition(":") for name in row.files]
+    names = tuple(name.replace("*", block) + _SUFFIX[row.kind][last] for name, _, _ in pairs)
+    parts = tuple(int(part or 1) for _, _, part in pairs)
+    return Leaf(names, parts, row.kind, transposed=last == "kernel" and row.kind != "matrix")
 
 
 def flatten(tree: Mapping[Any, Any], path: Path = ()) -> Iterator[tuple[Path, Any]]:
@@ -167,24 +202,21 @@ def flatten(tree: Mapping[Any, Any], path: Path = ()) -> Iterator[tuple[Path, An
             yield here, value
 
 
-def read_tree(
+def check(
     rows: Mapping[str, Row],
     shapes: Mapping[Any, Any],
     tensors: Readable,
-    config: ViTConfig,
+    config: Config,
     ignored: Callable[[str], object] = lambda name: False,
-) -> dict[str, Any]:
-    """Reads a parameter tree, every tensor once.
+) -> dict[Path, Leaf]:
+    """The leaves of a tree, if exactly their tensors are there; nothing is read.
 
     Args:
         rows: the naming.
-        shapes: the tree wanted, with anything that has a `shape` for leaves.
-        tensors: where to read.
+        shapes: the tree wanted, with anything that has a `shape` for leaves; blocks unstacked.
+        tensors: where they should be.
         config: of the model.
         ignored: names in the file that may be left unread (decoders, poolers).
-
-    Returns:
-        The tree with float32 numpy arrays.
 
     Raises:
         UserError: tensors are missing, unexpected, or of another shape; the message lists all of them.
@@ -206,25 +238,74 @@ def read_tree(
     if any(problems.values()):
         lists = "; ".join(f"{what}: {', '.join(sorted(names))}" for what, names in problems.items() if names)
         raise UserError(f"The tensors do not fit the configuration. {lists[0].upper()}{lists[1:]}.")
+    return {path: part for path, (part, _) in wanted.items()}
+
+
+def read_tree(
+    rows: Mapping[str, Row],
+    shapes: Mapping[Any, Any],
+    tensors: Readable,
+    config: Config,
+    ignored: Callable[[str], object] = lambda name: False,
+    *,
+    stacked: bool = False,
+    place: Place = lambda path, array: array,
+) -> dict[str, Any]:
+    """Reads a parameter tree: every tensor once, widened, laid out and placed before the next one is read.
+
+    Args:
+        rows: as `check` takes it, as all up to `ignored`.
+        shapes: the tree wanted.
+        tensors: where to read.
+        config: of the model.
+        ignored: names in the file that may be left unread.
+        stacked: whether the arrays of equal blocks become one with a leading L axis, filled block by block.
+        place: what becomes of an array once it is there, for example `jax.device_put` with a sharding for its path.
+
+    Returns:
+        The tree, with what `place` gives for leaves; it gets float32 numpy arrays.
+
+    Raises:
+        UserError: tensors are missing, unexpected, of another shape or no floats; the first three are listed.
+    """
+    leaves = check(rows, shapes, tensors, config, ignored)
+    sizes = {path: array.shape for path, array in flatten(shapes)}
+
+    def read(path: Path) -> np.ndarray:
+        part = leaves[path]
+        return part.decode([to_float32(name, tensors[name]) for name in part.names], sizes[path], config)
+
     tree: dict[str, Any] = {}
-    for path, (part, _) in wanted.items():
-        array = part.decode([tensors[name].astype(np.float32, copy=False) for name in part.names], config)
+
+    def put(path: Path, array: np.ndarray) -> None:
         at: dict[Any, Any] = tree
         for key in path[:-1]:
             at = at.setdefault(key, {})
-        at[path[-1]] = np.ascontiguousarray(array)
+        at[path[-1]] = place(path, np.asarray(array, order="C"))
+
+    together: dict[Path, list[Path]] = {}  # path in the tree returned -> paths of the blocks that it holds
+    for path in sizes:
+        together.setdefault(tuple(key for key in path if not (stacked and isinstance(key, int))), []).append(path)
+    for path, blocks in together.items():
+        if path in sizes:
+            put(path, read(path))
+            continue
+        array = np.empty((len(blocks), *sizes[blocks[0]]), np.float32)
+        for i, block in enumerate(blocks):
+            array[i] = read(block)
+        put(path, array)
     return tree
 
 
 def write_tree(
-    rows: Mapping[str, Row], shapes: Mapping[Any, Any], params: Mapping[Any, Any], config: ViTConfig
+    rows: Mapping[str, Row], shapes: Mapping[Any, Any], params: Mapping[Any, Any], config: Config
 ) -> dict[str, np.ndarray]:
     """The inverse of `read_tree`: float32 tensors by name in the file.
 
     Raises:
         ValueError: the tree is not the one of `shapes`; the message lists what is missing, unexpected or misshapen.
     """
-    wanted = {path: array.shape for path, array in flatten(shapes)}
+    wanted = {path: tuple(array.shape) for path, array in flatten(shapes)}
     given = dict(flatten(params))
     found = {path: np.shape(array) for path, array in given.items()}
     if found != wanted:
@@ -238,7 +319,7 @@ def write_tree(
     for path, array in given.items():
         part = leaf(rows, path)
         pieces = part.encode(np.asarray(jax.device_get(array), np.float32), config)
-        tensors.update((name, np.ascontiguousarray(piece)) for name, piece in zip(part.names, pieces, strict=True))
+        tensors.update((name, np.asarray(piece, order="C")) for name, piece in zip(part.names, pieces, strict=True))
     return tensors
 
 

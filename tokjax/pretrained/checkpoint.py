@@ -1,0 +1,279 @@
+"""Loads and saves encoders as timm, Hugging Face, OpenAI and others publish them, without torch.
+
+    checkpoint = load_checkpoint("facebook/deit-small-patch16-224")
+    pixels = checkpoint.preprocess([Image.open("cat.jpg")])
+
+Families are recognised by their configuration, else by the tensors' names; see `families`. A folder written here holds,
+beside what other libraries read, the complete configuration under the key "tokjax" of `config.json`, so that it comes
+back exactly.
+"""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+import json
+import os
+from pathlib import Path
+import re
+from typing import Any
+
+from flax import nnx
+import numpy as np
+from safetensors.numpy import save_file
+
+from tokjax.errors import UserError
+from tokjax.models.dual import DualConfig
+from tokjax.models.layers import unstack
+from tokjax.models.text import Text, TextConfig
+from tokjax.models.transformer import skeleton
+from tokjax.models.vit import ViT, ViTConfig
+from tokjax.pretrained import families, files, names
+from tokjax.pretrained.names import Config
+from tokjax.pretrained.positions import resize_positions
+from tokjax.pretrained.preprocess import Naflex, Preprocess, from_dict, to_processor
+
+_KEY, _VERSION = "tokjax", 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A loaded model.
+
+    Attributes:
+        config: of the model, at the image size asked for.
+        params: the parameter tree, float32; with two towers `{"vision": ..., "text": ..., "logit_scale": ...}` and
+            perhaps "logit_bias". Blocks are stacked if `config.scan` says so.
+        preprocess: from images to the model's input; None where nothing is known for the model's number of channels.
+        source: where it came from: "path", "config" (the original one), "family" ("hf" or "timm") and "format" (the
+            name in `families.FAMILIES`).
+        tokenizer: from texts to the model's input; None where there is none.
+    """
+
+    config: Config
+    params: dict[str, Any]
+    preprocess: Preprocess | Naflex | None
+    source: dict[str, Any]
+    tokenizer: Any = None
+
+    @property
+    def family(self) -> str:
+        """Whose form it had, for `save_checkpoint`."""
+        return self.source["family"]
+
+
+def shapes(config: Config) -> dict[str, Any]:
+    """The parameter tree of a model with shapes for leaves, blocks unstacked."""
+
+    def tree(kind: Any, tower: ViTConfig | TextConfig) -> dict[str, Any]:
+        module = skeleton(kind, dataclasses.replace(tower, scan=False))
+        return nnx.to_pure_dict(nnx.state(module, nnx.Param))
+
+    if isinstance(config, ViTConfig):
+        return tree(ViT, config)
+    scalars = ["logit_scale"] + ["logit_bias"] * (config.logit_bias is not None)
+    both = {"vision": tree(ViT, config.vision), "text": tree(Text, config.text)}
+    return {**both, **dict.fromkeys(scalars, np.empty((), np.float32))}
+
+
+def vision_of(config: Config) -> ViTConfig:
+    """The image tower, or the whole model."""
+    return config.vision if isinstance(config, DualConfig) else config
+
+
+def _with_vision(config: Config, vision: ViTConfig) -> Config:
+    return dataclasses.replace(config, vision=vision) if isinstance(config, DualConfig) else vision
+
+
+def _with_both(config: Config, **changes: Any) -> Config:
+    """The configuration with changes that go for every tower."""
+    if isinstance(config, ViTConfig):
+        return dataclasses.replace(config, **changes)
+    towers = {name: dataclasses.replace(getattr(config, name), **changes) for name in ("vision", "text")}
+    return dataclasses.replace(config, **towers)
+
+
+def load_checkpoint(
+    path_or_id: str | Path,
+    image_size: int | tuple[int, int] | None = None,
+    dtype: str | None = None,
+    *,
+    scan: bool = False,
+    place: names.Place | None = None,
+) -> Checkpoint:
+    """Loads an encoder, or the two of an image-text model.
+
+    Args:
+        path_or_id: a folder, a file (safetensors, torch pickles and archives, `.npz`), or a hub id ("user/name",
+            "user/name@revision").
+        image_size: another height and width than the checkpoint's: its position table is interpolated as the library
+            that it belongs to does, and the preprocessing follows.
+        dtype: of the model's activations (`config.dtype`: float32, bfloat16 or float16); parameters are float32
+            whatever the file has.
+        scan: whether equal blocks come stacked, as a model with `config.scan` has them.
+        place: what becomes of every array as soon as it is made, given its path in the tree; None: they stay in NumPy.
+            Only one array (with the tensors that it is made from) is in memory that is not placed yet.
+
+    Returns:
+        The configuration, parameters, preprocessing and origin.
+
+    Raises:
+        UserError: nothing found, a damaged file, an unknown family, or tensors that do not fit (all are listed).
+        ValueError: an image size that the patches do not divide, or that a model for any size was asked to take; or an
+            unknown dtype.
+    """
+    found = files.find(path_or_id)
+    try:
+        family, stored, preprocess, tensors = _understand(found)
+        rows, tree = family.naming(stored), shapes(stored)
+        blank = family.blank(stored)
+        ignored = re.compile(family.ignored)
+        names.check(rows, tree, tensors, stored, lambda name: name in blank or ignored.fullmatch(name))
+    except (ValueError, TypeError) as error:  # TypeError: values of another type in a configuration
+        raise UserError(f"{found.path}: {error}") from error
+    config = _with_both(stored, scan=scan, **({} if dtype is None else {"dtype": dtype}))
+    if image_size is not None:
+        config = _at_size(config, (image_size, image_size) if isinstance(image_size, int) else image_size)
+    old, new = vision_of(stored), vision_of(config)
+    table = ("vision", "pos_embed") if isinstance(config, DualConfig) else ("pos_embed",)
+
+    def put(path: names.Path, array: Any) -> Any:
+        if path == table and new.grid != old.grid:
+            array = resize_positions(array, old.table_prefix, old.grid, new.grid, *family.interpolation)
+        return array if place is None else place(path, array)
+
+    try:
+        params = names.read_tree(
+            rows, tree, tensors, stored, lambda name: name in blank or ignored.fullmatch(name), stacked=scan, place=put
+        )
+        if preprocess is None and _KEY not in found.config:
+            preprocess = family.preprocess(found.config, found.processor, new)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{found.path}: {error}") from error
+    if preprocess is not None and len(preprocess.mean) != new.channels:
+        preprocess = None
+    if isinstance(preprocess, Preprocess):
+        preprocess = preprocess.at(new.image_size)
+    source = {"path": str(found.path), "config": found.config, "family": family.side, "format": family.name}
+    return Checkpoint(config, params, preprocess, source, found.tokenizer)
+
+
+def _at_size(config: Config, size: tuple[int, int]) -> Config:
+    vision = vision_of(config)
+    if vision.position == "naflex":
+        raise ValueError(
+            f"image_size={size}: this model takes images of any size; `preprocess.max_patches` bounds what they cost"
+        )
+    return _with_vision(config, dataclasses.replace(vision, image_size=size))
+
+
+def _understand(
+    found: files.Files,
+) -> tuple[families.Family, Config, Preprocess | Naflex | None, names.Readable]:
+    """Family, model as stored, its own preprocessing if saved here, and the tensors under the family's names."""
+    own = found.config.get(_KEY)
+    if not isinstance(own, dict) or not {"version", "format", "model"} <= own.keys():
+        family = families.recognise(found.config, found.tensors)
+        tensors = family.view(found.config, found.tensors)
+        return family, family.configure(found.config, tensors), None, tensors
+    if own["version"] != _VERSION or own["format"] not in families.FAMILIES:
+        raise UserError(
+            f"config.json was written by another version ({own['version']}, {own['format']}); "
+            f"this one reads version {_VERSION}, {', '.join(families.FAMILIES)}."
+        )
+    family = families.FAMILIES[own["format"]]
+    preprocess = from_dict(own["preprocess"]) if own.get("preprocess") else None
+    return family, _config(own["model"]), preprocess, family.view(found.config, found.tensors)
+
+
+def _config(fields: dict[str, Any]) -> Config:
+    """The inverse of `dataclasses.asdict`."""
+    if "vision" not in fields:
+        return _fields(ViTConfig, fields)
+    towers = {"vision": _fields(ViTConfig, fields["vision"]), "text": _fields(TextConfig, fields["text"])}
+    return _fields(DualConfig, {**fields, **towers})
+
+
+def _fields(kind: Any, fields: dict[str, Any]) -> Any:
+    unknown = set(fields) - {field.name for field in dataclasses.fields(kind)}
+    if unknown:
+        raise UserError(f"config.json has fields of the model that are not known here: {', '.join(sorted(unknown))}.")
+    return kind(**fields)
+
+
+def save_checkpoint(
+    folder: str | Path,
+    config: Config,
+    params: Mapping[str, Any],
+    preprocess: Preprocess | Naflex | None = None,
+    family: str = "hf",
+    tokenizer: Any = None,
+) -> None:
+    """Writes `model.safetensors`, `config.json` and, if known, `preprocessor_config.json`.
+
+    With "hf" a model that one of transformers' classes can express is written in its form, with "timm" one that timm
+    can build in timm's; a model that only the other side can express goes there. What neither can (two towers are
+    nothing for timm) is written under names of timm and OpenCLIP, and still comes back here exactly. Every file is
+    written under a temporary name and moved into place.
+
+    Args:
+        folder: made if it does not exist; files of these names in it are replaced.
+        config: of the model.
+        params: its parameter tree, numpy or jax arrays of any float type, written as float32; stacked blocks too.
+        preprocess: from images to the model's input.
+        family: whose form is preferred.
+        tokenizer: from texts to the model's input.
+
+    Raises:
+        ValueError: `params` are not those of `config` (the differences are listed), or an unknown family.
+        UserError: `folder` is a file.
+    """
+    if family not in families.SIDES:
+        raise ValueError(f"family = {family!r}; allowed are 'hf' and 'timm'.")
+    folder = Path(folder).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; a folder is needed.")
+    form = families.to_save(config, family)
+    rows = form.naming(config)
+    tensors = names.write_tree(rows, shapes(config), _unstacked(params), config)
+    tensors |= {name: np.zeros(shape, np.float32) for name, shape in form.blank(config).items()}
+    if form.prefix and vision_of(config).num_classes:
+        heads = tuple(rows[head].files[0] + "." for head in ("head", "head_dist") if head in rows)
+        tensors = {name if name.startswith(heads) else form.prefix + name: value for name, value in tensors.items()}
+    own = {
+        "version": _VERSION,
+        "format": form.name,
+        "model": dataclasses.asdict(config),
+        "preprocess": preprocess.to_dict() if preprocess else None,
+    }
+    processor = to_processor(preprocess) if preprocess and form.side == "hf" else None
+    folder.mkdir(parents=True, exist_ok=True)
+    # Transformers refuses a file that does not say which framework's layout it has.
+    _write(folder / files.WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    if processor:
+        _write(folder / files.PROCESSOR, lambda path: _write_json(path, processor))
+    else:
+        (folder / files.PROCESSOR).unlink(missing_ok=True)
+    _write(folder / files.CONFIG, lambda path: _write_json(path, {**form.describe(config, preprocess), _KEY: own}))
+
+
+def _unstacked(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The tree, or its towers, with blocks one by one."""
+    tree = {name: _unstacked(part) if name in ("vision", "text") else part for name, part in params.items()}
+    if "attn" in tree.get("blocks", ()):
+        tree["blocks"] = unstack(tree["blocks"])
+    return tree
+
+
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # safetensors makes its files readable by their owner alone
+        write(temporary)
+        temporary.chmod(mode)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
