@@ -17,6 +17,7 @@ from tokjax.token_map import (
     behind_prefix,
     compose,
     identity,
+    restore,
     rows,
     source,
 )
@@ -308,3 +309,48 @@ def test_gradients_flow_through_both_forms_and_stay_finite():
         np.testing.assert_allclose(of_weight, gradients[0][1], atol=1e-5)
     mean = jax.grad(lambda x: apply(Plan(map.replace(weight=None)), Tokens(x)).x.sum())(x)
     assert np.isfinite(mean).all()
+
+
+# Back on the grid
+
+
+GRID = (3, 5)
+
+
+@quick
+@hypothesis.given(seeds, st.sampled_from((0.1, 0.5, 1.0)), st.sampled_from((0, 2)))
+def test_restore_takes_the_nearest_survivor_or_zeros(seed, share, prefix):
+    rng = np.random.default_rng(seed)
+    slots, patches = 9, GRID[0] * GRID[1]
+    lives = np.where(rng.random((BATCH, patches)) < share, rng.integers(0, slots, (BATCH, patches)), slots)
+    origin = np.concatenate([np.full((BATCH, prefix), slots), lives], 1)  # prefix tokens are nobody's neighbours
+    x = rng.normal(size=(BATCH, slots, 2)).astype(np.float32)
+    nearest = np.zeros((BATCH, patches, 2), np.float32)
+    place = np.stack(np.divmod(np.arange(patches), GRID[1]), -1)
+    for b in range(BATCH):
+        alive = np.flatnonzero(lives[b] < slots)
+        for p in range(patches):
+            if len(alive):
+                distance = ((place[alive] - place[p]) ** 2).sum(-1)
+                nearest[b, p] = x[b, lives[b, alive[distance.argmin()]]]  # numpy too takes the first of equals
+    zeros = np.where((lives < slots)[..., None], np.take_along_axis(x, np.minimum(lives, slots - 1)[..., None], 1), 0)
+    for fill, expected in (("nearest", nearest), ("zeros", zeros)):
+        given = restore(jnp.asarray(x), jnp.asarray(origin), GRID, prefix=prefix, fill=fill)
+        np.testing.assert_array_equal(given, expected)
+
+
+def test_restore_undoes_hard_maps_as_unmerge_does():
+    first, second = drawn(1, n=15, m=9, r=5), drawn(2, n=9, m=6, r=3)
+    every = jnp.broadcast_to(jnp.arange(15), (BATCH, 15))
+    tokens = Tokens(jnp.asarray(np.random.default_rng(0).normal(size=(BATCH, 15, 3)), jnp.float32), origin=every)
+    after = apply(Plan(map=second), apply(Plan(map=first), tokens))
+    given = restore(after.x, after.origin, GRID, fill="zeros")
+    np.testing.assert_array_equal(given, first.unmerge(second.unmerge(after.x)))
+
+
+def test_restore_refuses():
+    x, origin = jnp.zeros((1, 4, 2)), jnp.zeros((1, 15), jnp.int32)
+    with pytest.raises(ValueError, match="fill='mean': must be one of nearest, zeros"):
+        restore(x, origin, GRID, fill="mean")
+    with pytest.raises(ValueError, match=r"grid=\(4, 4\): with prefix=0 does not hold the 15"):
+        restore(x, origin, (4, 4))

@@ -221,6 +221,57 @@ def source(origin: Int[Array, "B N0"], length: int) -> Float[Array, "B N N0"]:
     return jax.nn.one_hot(origin, length, axis=1)
 
 
+Fill = Literal["nearest", "zeros"]
+
+
+def restore(
+    x: Float[Array, "B N *c"],
+    origin: Int[Array, "B N0"],
+    grid: tuple[int, int],
+    *,
+    prefix: int = 0,
+    fill: Fill = "nearest",
+) -> Float[Array, "B P *c"]:
+    """Features at every input patch again, P in all: a copy of the token that it lives on.
+
+    That is `unmerge` through all the maps at once where they are hard. Of a soft map a patch takes the slot with its
+    largest share alone (as `SoftMap.dest`), not the mixture that its matrix transposed would give.
+
+    Args:
+        x: features of the tokens that are left.
+        origin: slot of every input token, N if dropped, as `Tokens.origin` has it.
+        grid: patches down and across.
+        prefix: leading input tokens that are no patches.
+        fill: what a dropped patch gets. "nearest": the features at the surviving patch (one that lives on any token,
+            merged or not) with the smallest Euclidean distance on the grid, the first in row-major order among equals;
+            zeros in an image of which no patch survives. "zeros": zeros.
+
+    Raises:
+        ValueError: an unknown fill, or a grid of another number of patches.
+    """
+    if fill not in get_args(Fill):
+        raise ValueError(f"fill={fill!r}: must be one of {', '.join(get_args(Fill))}")
+    down, across = grid
+    if origin.shape[1] != prefix + down * across:
+        raise ValueError(f"grid={grid}: with prefix={prefix} does not hold the {origin.shape[1]} tokens of origin")
+    slot = origin[:, prefix:]
+    if fill == "nearest":
+        slot = jnp.take_along_axis(slot, _nearest((slot < x.shape[1]).reshape(-1, down, across)), axis=1)
+    return rows(x, slot)
+
+
+def _nearest(alive: Bool[Array, "B h w"]) -> Int[Array, "B P"]:
+    """Index of the nearest patch that is alive, along rows and then along columns: squares of distances add up."""
+    _, h, w = alive.shape
+    far = h * h + w * w  # beyond any distance
+    rows_apart, columns_apart = ((jnp.arange(n)[:, None] - jnp.arange(n)) ** 2 for n in (h, w))
+    along = jnp.where(alive[:, :, None, :], columns_apart, far)  # [B, row, column, other column]
+    column, distance = along.argmin(-1), along.min(-1)
+    row = (rows_apart[:, :, None] + distance[:, None]).argmin(2)  # of [B, row, other row, column]
+    column = jnp.take_along_axis(column, row, axis=1)
+    return (row * w + column).reshape(-1, h * w)
+
+
 How = Literal["size", "mean", "sum", "keep"]
 
 

@@ -116,6 +116,7 @@ class Scenes(Labelled):
 
     in_memory = True
     dense = True
+    segments = SEGMENTS
 
     def __init__(
         self,

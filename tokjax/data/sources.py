@@ -50,7 +50,8 @@ class Source(Protocol):
     """What the loader asks of a source.
 
     A source may also have `fields` (arrays of an example that belong in the batch), `captions` (for each example the
-    texts that describe it) and `dense` (a field tells where things lie, so nobody may move the image's pixels).
+    texts that describe it), `dense` (a field tells where things lie, so nobody may move the image's pixels) and
+    `segments` (names of the classes of `segmentation`).
 
     Attributes:
         class_names: one name for each class, in label order.
@@ -85,6 +86,7 @@ class Labelled:
     fields: Fields = MappingProxyType({})
     captions: Sequence[tuple[str, ...]] | None = None
     dense = False
+    segments: tuple[str, ...] = ()  # names of the classes of `segmentation`
 
     @property
     def num_classes(self) -> int:
@@ -358,7 +360,7 @@ def _bytes(example: Example) -> int:
 
 def inherit(wrapper: Labelled, source: Source) -> None:
     """Gives a wrapper what sources may have beside images and labels."""
-    for name in ("fields", "captions", "dense"):
+    for name in ("fields", "captions", "dense", "segments"):
         if hasattr(source, name):
             setattr(wrapper, name, getattr(source, name))
 
