@@ -57,19 +57,25 @@ def proposals(scores: Float[Array, "B A E"]) -> tuple[Float[Array, "B A"], Int[A
 
 
 def bipartite(
-    metric: Float[Array, "B N D"], r: int, *, prefix: int = 0, valid: Bool[Array, "B N"] | None = None
+    metric: Float[Array, "B N D"],
+    r: int,
+    *,
+    prefix: int = 0,
+    valid: Bool[Array, "B N"] | None = None,
+    counts: Int[Array, "B"] | None = None,
 ) -> HardMap | None:
     """Balanced bipartite soft matching: the r strongest proposals of even tokens to odd ones are merged.
 
     Output order: the prefix, the even tokens that stay (in place order behind a prefix, else from most to least
     similar), the odd tokens in place order; behind them, in padded rows, empty slots. None if nothing can be merged.
+    `counts`: what each padded row merges, at most r; None: r.
     """
     batch, n, _ = metric.shape
     r = min(r, (n - prefix) // 2)  # step 1
     if r <= 0:
         return None
     if valid is not None:
-        return _bipartite_padded(metric, r, prefix, valid)
+        return _bipartite_padded(metric, r, prefix, valid, r if counts is None else counts[:, None])
     scores = pair_scores(metric, prefix)
     best, partner = proposals(scores)  # step 5: every sender proposes to its best receiver
     order = jnp.argsort(-best, axis=-1, stable=True)  # step 6: the r strongest proposals are taken
@@ -84,7 +90,7 @@ def bipartite(
     return HardMap(keep, 2 * sent, slot, num_in=n)
 
 
-def _bipartite_padded(metric, r: int, prefix: int, valid) -> HardMap:
+def _bipartite_padded(metric, r: int, prefix: int, valid, counts) -> HardMap:
     """The same steps with a count of its own for every row: valid tokens first, everybody else masked."""
     batch, n, _ = metric.shape
     place = jnp.argsort(~valid, axis=-1, stable=True)  # valid tokens in their order, then the others
@@ -94,7 +100,7 @@ def _bipartite_padded(metric, r: int, prefix: int, valid) -> HardMap:
     scores = jnp.where((even < count)[:, :, None] & (odd < count)[:, None], scores, -jnp.inf)
     best, partner = proposals(scores)
     order = jnp.argsort(-best, axis=-1, stable=True)
-    sending = jnp.arange(r) < jnp.minimum(r, (count - prefix) // 2)
+    sending = jnp.arange(r) < jnp.minimum(counts, (count - prefix) // 2)
     sent = jnp.where(sending, order[:, :r], len(even))
 
     gone = jax.vmap(lambda row: jnp.zeros(len(even), bool).at[row].set(True, mode="drop"))(sent)
