@@ -43,7 +43,7 @@ _PREFIXES = ("module.", "_orig_mod.")
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 _LARGEST_PICKLE = 2**28
 _COPIES = 2**26
-_DEPTH, _NODES = 64, 10**6
+_DEPTH, _NODES = 64, 2 * 10**5
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -82,13 +82,13 @@ class Stored:
     def read(self) -> np.ndarray:
         """The tensor, contiguous; copied once."""
         item = self.dtype.itemsize
-        flat = self.fetch()[self.offset * item : (self.offset + self._extent) * item].view(self.dtype)
         if not self.size:
             return np.empty(self.shape, self.dtype)
+        used = self.fetch()[self.offset * item : (self.offset + self._extent) * item]
         # An axis of length 1 may have any stride in a file, which numpy could not multiply.
         pairs = zip(self.shape, self._strides, strict=True)
         strides = [stride * item if length > 1 else item for length, stride in pairs]
-        return np.array(np.lib.stride_tricks.as_strided(flat, self.shape, strides), order="C")
+        return np.array(np.ndarray(self.shape, self.dtype, buffer=used, strides=strides), order="C")
 
 
 def stored_array(array: np.ndarray) -> Stored:
