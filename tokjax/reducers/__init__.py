@@ -13,8 +13,10 @@ from typing import Any, Literal
 
 from tokjax import schedules
 from tokjax.hooks import ModelInfo, Reducer
+from tokjax.reducers.vit.ats import ATS
 from tokjax.reducers.vit.controls import AvgPool, Random, Strided
 from tokjax.reducers.vit.evit import EViT
+from tokjax.reducers.vit.pitome import PiToMe
 from tokjax.reducers.vit.tome import ToMe
 from tokjax.reducers.vit.topk import TopK
 
@@ -59,7 +61,16 @@ def _removed(info: ModelInfo) -> list[int]:
     return list(range((info.length - info.prefix) // 2, -1, -1))
 
 
+def _tabled_rates(info: ModelInfo) -> list[float]:
+    patches = info.length - info.prefix
+    rates = ((k, k / patches) for k in range(1, patches + 1))
+    # Some products round down below k, and their floor with them: a hair more keeps k tokens.
+    return [rate if schedules.kept_table(rate, patches, 1) == (k,) else math.nextafter(rate, 1) for k, rate in rates]
+
+
 KEEP_RATE = Knob("keep_rate", "(0, 1], lower is cheaper", _rates)
+TABLED_RATE = Knob("keep_rate", "(0, 1], to the power of the location, lower is cheaper", _tabled_rates)
+RATIO = Knob("ratio", "[0.5, 1], lower is cheaper", lambda _: [k / 400 for k in range(200, 401)])
 REMOVED = Knob("r", "0 to half of the patches, higher is cheaper", _removed)
 
 
@@ -108,6 +119,16 @@ REGISTRY: dict[str, Entry] = {
         conserves=True,
         example={"r": 4},
     ),
+    "pitome": Entry(
+        make=PiToMe,
+        kind="merge",
+        paper="Tran et al., PiToMe, NeurIPS 2024",
+        needs=("keys",),
+        knob=RATIO,
+        neutral={"ratio": 1.0},
+        conserves=True,
+        example={"ratio": 0.75, "matching": "ordered"},
+    ),
     "topk": Entry(
         make=TopK,
         kind="prune",
@@ -124,6 +145,15 @@ REGISTRY: dict[str, Entry] = {
         knob=KEEP_RATE,
         neutral={"keep_rate": 1.0},
         exempt={"unmerge": "the fused token is a weighted sum, so that un-merging gives a copy of it, not of a mean"},
+    ),
+    "ats": Entry(
+        make=ATS,
+        kind="prune, sampled",
+        paper="Fayyaz et al., Adaptive Token Sampling, ECCV 2022",
+        needs=("CLS attention", "values"),
+        knob=TABLED_RATE,
+        neutral={"keep_rate": 1.0},
+        length="dynamic",
     ),
     "random": Entry(
         make=Random,

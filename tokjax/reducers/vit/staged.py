@@ -4,13 +4,14 @@ Counts are those of EViT's code (Liang et al. 2022): ceil(keep_rate * tokens lef
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import numpy as np
 
 from tokjax import schedules
-from tokjax.hooks import Hook, ModelInfo
+from tokjax.hooks import Hook, ModelInfo, Where
 from tokjax.token_map import HardMap
 from tokjax.tokens import Tokens
 
@@ -62,6 +63,64 @@ class Staged:
         """`count` of every row's own valid tokens; from a table, since counts are rounded in double precision."""
         table = np.array([self.count(patches) for patches in range(tokens.length - tokens.prefix + 1)], np.int32)
         return jnp.asarray(table)[tokens.count() - tokens.prefix]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tabled(Staged):
+    """Counts of the "Which Tokens to Use?" benchmark: of the patches at the input, not of those that are left.
+
+    Location j keeps int(keep_rate**(j+1) * patches), in double precision, and at least one. In padded rows the patches
+    are each row's own, kept in `tokens.carry["patches"]` from the first location on.
+
+    Attributes:
+        location: j, set by `hooks`.
+        patches: at the input, set by `hooks`; None: as many as a plan meets.
+    """
+
+    location: int = 0
+    patches: int | None = None
+    where: ClassVar[Where] = "before_block"
+
+    def hooks(self, info: ModelInfo) -> list[Hook]:
+        """One hook a location; none where nothing would go."""
+        layers, patches = schedules.at_layers(self.layers, info.depth), info.length - info.prefix
+        if isinstance(self.kept, tuple) and len(self.kept) != len(layers):
+            raise ValueError(f"kept={self.kept}: must have one number for each of layers={layers}")
+        return [
+            Hook(self.where, layer, dataclasses.replace(self, layers=None, location=j, patches=patches))
+            for j, layer in enumerate(layers)
+            if self.reduces(patches, j)
+        ]
+
+    def reduces(self, patches: int, location: int) -> bool:
+        """Whether a location leaves fewer of `patches` at the input than those before it."""
+        return self.count(patches, location) < min([patches, *(self.count(patches, j) for j in range(location))])
+
+    def count(self, patches: int, location: int | None = None) -> int:
+        """Tokens that stay of `patches` at the input."""
+        return tabled(self.keep_rate, self.kept, patches, self.location if location is None else location)
+
+    def most(self, tokens: Tokens) -> int:
+        """`count` of an unpadded row."""
+        return self.count(tokens.length - tokens.prefix if self.patches is None else self.patches)
+
+    def row_counts(self, tokens: Tokens) -> Int[Array, "B"]:
+        """`count` of every row's own patches, at most those that it still has."""
+        patches = tokens.length - tokens.prefix if self.patches is None else self.patches
+        table = np.array([self.count(n) if n else 0 for n in range(patches + 1)], np.int32)
+        return jnp.minimum(jnp.asarray(table)[input_patches(tokens)], tokens.count() - tokens.prefix)
+
+
+def tabled(keep_rate: float, kept: int | tuple[int, ...] | None, patches: int, location: int) -> int:
+    """Tokens that stay at a location, of so many patches at the input; see `Tabled`."""
+    if kept is None:
+        return max(1, schedules.kept_table(keep_rate, patches, location + 1)[location])
+    return min(kept[location] if isinstance(kept, tuple) else kept, patches)
+
+
+def input_patches(tokens: Tokens) -> Int[Array, "B"]:
+    """Valid tokens behind the prefix when the first location met them; a plan puts them in its carry."""
+    return tokens.carry.get("patches", tokens.count() - tokens.prefix)
 
 
 def ranked(tokens: Tokens, score: Float[Array, "B N"], counts: Int[Array, "B"] | None = None) -> Int[Array, "B P"]:
