@@ -2,7 +2,7 @@
 
 python -m experiments.encoders.preprocess_speed     # prints a table; a quiet machine, a minute
 
-Both sides decode, convert, resize, crop and normalise 256 files of 500 x 375 pixels (quality 90, some 90 kB each) in a
+Both sides decode, convert, resize, crop and normalise 256 files of 500 x 375 pixels (quality 90, some 70 kB each) in a
 pool of as many threads as the machine has cores. They run interleaved, in rotating order; the ratio is the median over
 the rounds.
 """
