@@ -286,6 +286,7 @@ class Plan(struct.PyTreeNode):
     map: TokenMap | None = None
     size: TokenMap | None = None  # how sizes move; None: a slot has its anchor's, and untracked stays untracked
     how: How = struct.field(pytree_node=False, default="size")
+    least: float | None = struct.field(pytree_node=False, default=None)  # sizes become at least this; None: no bound
     valid: Bool[Array, "B M"] | None = None  # of the output; None: where anything valid went in
     proportional: bool | None = struct.field(pytree_node=False, default=None)  # from here on; None: as it was
     key_bias: Float[Array, "B M"] | None = None  # of the output tokens, replaces theirs
@@ -359,6 +360,8 @@ def _move(plan: Plan, tokens: Tokens) -> Tokens:
         size = mass
     else:
         size = plan.size.sum(tokens.sizes())
+    if size is not None and plan.least is not None:
+        size = jnp.maximum(size, plan.least)
     valid = tokens.valid
     if valid is not None:
         valid = follow(valid) if isinstance(m, SoftMap) else m.replace(weight=None).sum(valid.astype(jnp.float32)) > 0
