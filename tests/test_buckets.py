@@ -1,0 +1,154 @@
+"""Programs of the length that the data need: every way gives what the mask alone gives, for less."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tokjax
+from tokjax import buckets, reducers
+from tokjax.hooks import Hook
+from tokjax.models.vit import ViTConfig
+from tokjax.reducers import KEEP_RATE, Entry
+from tokjax.signals import mean_key
+from tokjax.token_map import Plan, identity
+from tokjax.tokens import Tokens
+
+CFG = ViTConfig(image_size=(16, 16), patch_size=2, width=16, depth=4, heads=2, num_classes=5)
+N = CFG.info.length
+
+
+@dataclasses.dataclass(frozen=True)
+class Bright:
+    """Keeps the patches whose key points up in the first channel: as many as there are."""
+
+    layers: tuple[int, ...] = (0,)
+    draws: bool = False
+
+    def hooks(self, info):
+        return [Hook("after_attention", layer, self) for layer in self.layers]
+
+    def plan(self, tokens, signals):
+        up = mean_key(signals)[..., 0] > 0
+        if self.draws:
+            keys = signals.context.row_keys(tokens.batch, 7)
+            up &= jax.vmap(lambda key: jax.random.bernoulli(key, 0.7, (tokens.length,)))(keys)
+        up |= jnp.arange(tokens.length) < max(tokens.prefix, 1)  # never none
+        if tokens.valid is not None:
+            up &= tokens.valid
+        return Plan(identity(tokens.batch, tokens.length), how="keep", valid=up)
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch):
+    entry = Entry(Bright, "prune", "a test", ("keys",), KEEP_RATE, {}, length="dynamic")
+    monkeypatch.setitem(reducers.REGISTRY, "bright", entry)
+
+
+def model(cfg=CFG, **settings):
+    made = tokjax.build(cfg)
+    rng = np.random.default_rng(0)
+    made = made.with_params(jax.tree.map(lambda x: x + rng.normal(0, 0.2, x.shape).astype(np.float32), made.params))
+    return tokjax.reduce(made, "bright", **settings)
+
+
+def images(batch=11):
+    """Some are nearly constant, some are busy: their counts differ."""
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(batch, 16, 16, 3)) * rng.uniform(0, 3, (batch, 1, 1, 1)) + rng.normal(size=(batch, 1, 1, 3))
+    return x.astype(np.float32)
+
+
+@pytest.mark.parametrize("pack", [False, True], ids=["buckets", "packed"])
+@pytest.mark.parametrize("layers", [(0,), (0, 2)], ids=["one", "two"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"pooling": "mean"}, {"pooling": "map", "class_token": False}, {"position": "rope", "registers": 2}],
+    ids=["cls", "mean", "map", "rope"],
+)
+def test_it_gives_what_the_mask_gives(changes, layers, pack):
+    masked, x = model(dataclasses.replace(CFG, **changes), layers=layers), images()
+    run = buckets.Bucketed(masked, rows=4, pack=pack)
+    logits, usage = run.run(x)
+    np.testing.assert_allclose(logits, masked(x), atol=2e-5)
+    assert usage.counts.shape == (len(layers), len(x))
+    assert len(set(usage.counts[0])) > 3
+    assert all(slots >= used for slots, used in zip(usage.slots, usage.used, strict=True))
+    assert usage.slots[-1] < usage.slots[0]
+    np.testing.assert_array_equal(usage.used[1:], usage.counts.sum(1) if len(x) % 4 == 0 else usage.used[1:])
+
+
+def test_packing_leaves_fewer_slots_empty():
+    masked, x = model(), images(64)
+    _, apart = buckets.Bucketed(masked, rows=16).run(x)
+    _, shared = buckets.Bucketed(masked, rows=16, pack=True).run(x)
+    assert shared.slots[-1] < apart.slots[-1]
+    assert shared.used[-1] == shared.counts[-1].sum()
+
+
+def test_rows_draw_the_same_in_every_group():
+    masked, x = model(draws=True), images()
+    for key in (None, jax.random.key(3)):
+        logits = buckets.Bucketed(masked, rows=4)(x, key=key)
+        np.testing.assert_allclose(logits, masked(x, key=key), atol=2e-5)
+
+
+def test_scanned_blocks():
+    cfg = dataclasses.replace(CFG, depth=6)
+    masked, x = model(cfg), images(8)
+    params = masked.params
+    scanned = model(dataclasses.replace(cfg, scan=True))
+    blocks = params["model"]["blocks"]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(blocks[i] for i in range(6)))
+    scanned = scanned.with_params({**params, "model": {**params["model"], "blocks": stacked}})
+    np.testing.assert_allclose(buckets.Bucketed(scanned, rows=4)(x), masked(x), atol=2e-5)
+
+
+def test_compact_moves_everything_that_travels():
+    rng = np.random.default_rng(0)
+    valid = np.array([[1, 0, 1, 1, 0], [1, 0, 0, 0, 0], [1, 1, 1, 1, 1]], bool)
+    x = rng.normal(size=(3, 5, 2)).astype(np.float32)
+    place = np.tile(np.arange(5, dtype=np.int32), (3, 1))
+    out = buckets.compact(Tokens(jnp.asarray(x), position=place, size=1.0 + place, valid=jnp.asarray(valid)), 4)
+    np.testing.assert_array_equal(out.valid, [[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]])
+    for row, kept in enumerate(([0, 2, 3], [0], [0, 1, 2, 3])):
+        np.testing.assert_array_equal(out.x[row, : len(kept)], x[row, kept])
+        np.testing.assert_array_equal(out.position[row, : len(kept)], kept)
+        np.testing.assert_array_equal(out.size[row, : len(kept)], 1 + np.array(kept))
+
+
+def test_first_fit_packs_everything_once_without_overflow():
+    counts = np.random.default_rng(0).integers(1, 20, 50)
+    rows = buckets.first_fit(counts, 20)
+    assert sorted(i for row in rows for i in row) == list(range(50))
+    assert all(counts[row].sum() <= 20 for row in rows)
+    assert len(rows) <= 1.25 * -(-counts.sum() // 20)
+    assert buckets.first_fit([], 5) == []
+    with pytest.raises(ValueError, match="length=5: must hold the longest sequence, of 6 tokens"):
+        buckets.first_fit([2, 6], 5)
+
+
+def test_choose():
+    assert [buckets.choose(n, (8, 4, 16)) for n in (1, 4, 5, 16)] == [4, 4, 8, 16]
+    with pytest.raises(ValueError, match=r"count=17: is more than the largest of capacities=\(8, 4, 16\)"):
+        buckets.choose(17, (8, 4, 16))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: buckets.Bucketed(tokjax.build(CFG)), "has no reducer of dynamic length"),
+        (lambda: buckets.Bucketed(model(layers=(3,))), "has no reducer of dynamic length before its last block"),
+        (lambda: buckets.Bucketed(model(), capacities=(8, 16)), f"must hold the input's {N} tokens"),
+        (lambda: buckets.Bucketed(model(), rows=0), "rows=0"),
+        (
+            lambda: buckets.Bucketed(tokjax.reduce(model(), "tome", r=2), pack=True),
+            "pack=True: .* has reducers behind its last one of dynamic length",
+        ),
+    ],
+)
+def test_what_cannot_be_regrouped_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
