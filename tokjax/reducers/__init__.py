@@ -15,6 +15,7 @@ from tokjax import schedules
 from tokjax.hooks import ModelInfo, Reducer
 from tokjax.reducers.vit.ats import ATS
 from tokjax.reducers.vit.controls import AvgPool, Random, Strided
+from tokjax.reducers.vit.diffrate import DiffRate, strengths
 from tokjax.reducers.vit.evit import EViT
 from tokjax.reducers.vit.pitome import PiToMe
 from tokjax.reducers.vit.tome import ToMe
@@ -71,6 +72,7 @@ def _tabled_rates(info: ModelInfo) -> list[float]:
 KEEP_RATE = Knob("keep_rate", "(0, 1], lower is cheaper", _rates)
 TABLED_RATE = Knob("keep_rate", "(0, 1], to the power of the location, lower is cheaper", _tabled_rates)
 RATIO = Knob("ratio", "[0.5, 1], lower is cheaper", lambda _: [k / 400 for k in range(200, 401)])
+STRENGTH = Knob("strength", "at least 0, higher is cheaper", strengths)
 REMOVED = Knob("r", "0 to half of the patches, higher is cheaper", _removed)
 
 
@@ -154,6 +156,14 @@ REGISTRY: dict[str, Entry] = {
         knob=TABLED_RATE,
         neutral={"keep_rate": 1.0},
         length="dynamic",
+    ),
+    "diffrate": Entry(
+        make=DiffRate,
+        kind="prune + merge",
+        paper="Chen et al., DiffRate, ICCV 2023",
+        needs=("CLS attention",),
+        knob=STRENGTH,
+        neutral={"strength": 0.0},
     ),
     "random": Entry(
         make=Random,
