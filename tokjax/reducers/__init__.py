@@ -17,6 +17,7 @@ from tokjax.reducers.vit.ats import ATS
 from tokjax.reducers.vit.controls import AvgPool, Random, Strided
 from tokjax.reducers.vit.diffrate import DiffRate, strengths
 from tokjax.reducers.vit.evit import EViT
+from tokjax.reducers.vit.evovit import EvoViT
 from tokjax.reducers.vit.pitome import PiToMe
 from tokjax.reducers.vit.tome import ToMe
 from tokjax.reducers.vit.topk import TopK
@@ -156,6 +157,14 @@ REGISTRY: dict[str, Entry] = {
         knob=TABLED_RATE,
         neutral={"keep_rate": 1.0},
         length="dynamic",
+    ),
+    "evovit": Entry(
+        make=EvoViT,
+        kind="prune + restore",
+        paper="Xu et al., Evo-ViT, AAAI 2022",
+        needs=("CLS attention",),
+        knob=TABLED_RATE,
+        neutral={"keep_rate": 1.0},
     ),
     "diffrate": Entry(
         make=DiffRate,
