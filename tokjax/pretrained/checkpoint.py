@@ -15,6 +15,7 @@ import os
 from pathlib import Path
 import re
 from typing import Any
+import warnings
 
 from flax import nnx
 import numpy as np
@@ -30,6 +31,7 @@ from tokjax.pretrained import families, files, names
 from tokjax.pretrained.names import Config
 from tokjax.pretrained.positions import resize_positions
 from tokjax.pretrained.preprocess import Naflex, Preprocess, from_dict, to_processor
+from tokjax.pretrained.tokenizer import Tokenizer
 
 _KEY, _VERSION = "tokjax", 1
 
@@ -52,7 +54,7 @@ class Checkpoint:
     params: dict[str, Any]
     preprocess: Preprocess | Naflex | None
     source: dict[str, Any]
-    tokenizer: Any = None
+    tokenizer: Tokenizer | None = None
 
     @property
     def family(self) -> str:
@@ -153,7 +155,19 @@ def load_checkpoint(
     if isinstance(preprocess, Preprocess):
         preprocess = preprocess.at(new.image_size)
     source = {"path": str(found.path), "config": found.config, "family": family.side, "format": family.name}
-    return Checkpoint(config, params, preprocess, source, found.tokenizer)
+    tokenizer = _tokenizer(found.tokenizer, config) if isinstance(config, DualConfig) else None
+    return Checkpoint(config, params, preprocess, source, tokenizer)
+
+
+def _tokenizer(folder: Path | None, config: DualConfig) -> Tokenizer | None:
+    """The tokenizer beside a model; one that cannot be read is no reason to do without the model."""
+    if folder is None:
+        return None
+    try:
+        return Tokenizer.load(folder, length=config.text.length)
+    except UserError as error:
+        warnings.warn(f"The model has no tokenizer: {error}", stacklevel=3)
+        return None
 
 
 def _at_size(config: Config, size: tuple[int, int]) -> Config:
@@ -207,7 +221,7 @@ def save_checkpoint(
     family: str = "hf",
     tokenizer: Any = None,
 ) -> None:
-    """Writes `model.safetensors`, `config.json` and, if known, `preprocessor_config.json`.
+    """Writes `model.safetensors`, `config.json` and, if known, `preprocessor_config.json` and the tokenizer's files.
 
     With "hf" a model that one of transformers' classes can express is written in its form, with "timm" one that timm
     can build in timm's; a model that only the other side can express goes there. What neither can (two towers are
@@ -252,6 +266,8 @@ def save_checkpoint(
         _write(folder / files.PROCESSOR, lambda path: _write_json(path, processor))
     else:
         (folder / files.PROCESSOR).unlink(missing_ok=True)
+    if tokenizer is not None:
+        tokenizer.save(folder)
     _write(folder / files.CONFIG, lambda path: _write_json(path, {**form.describe(config, preprocess), _KEY: own}))
 
 
