@@ -11,6 +11,9 @@ from tokjax.errors import UserError
 MODES = ("all", "train", "eval", "sweep", "features", "bench", "viz")
 TASKS = {  # name -> module beside this one and class in it; imported when it runs
     "classify": ("classify", "Classify"),
+    "features": ("features", "FrozenFeatures"),
+    "retrieval": ("retrieval", "Retrieval"),
+    "zero_shot": ("zero_shot", "ZeroShot"),
 }
 
 
