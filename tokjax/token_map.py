@@ -171,7 +171,8 @@ def behind_prefix(map: Map, prefix: int) -> Map:
     if isinstance(map, SoftMap):
         first = jnp.broadcast_to(jnp.arange(prefix), (map.anchor.shape[0], prefix))
         weights = jnp.pad(map.weights, ((0, 0), (prefix, 0), (prefix, 0)))
-        stay = jnp.eye(*weights.shape[1:], dtype=weights.dtype).at[prefix:].set(0)
+        length_out, length_in = weights.shape[1:]
+        stay = jnp.eye(length_out, length_in, dtype=weights.dtype).at[prefix:].set(0)
         return SoftMap(weights + stay, jnp.concatenate([first, map.anchor + prefix], 1))
     first = jnp.broadcast_to(jnp.arange(prefix), (map.keep.shape[0], prefix))
     return HardMap(
@@ -302,7 +303,7 @@ def apply(plan: Plan, tokens: Tokens) -> Tokens:
     Raises:
         ValueError: the plan's map takes another number of tokens.
     """
-    if plan.x is not None:
+    if plan.x is not None and plan.map is None:
         tokens = tokens.replace(x=plan.x.astype(tokens.x.dtype))
     if plan.map is not None:
         if plan.map.num_in != tokens.length:
@@ -349,7 +350,7 @@ def move(
 def _move(plan: Plan, tokens: Tokens) -> Tokens:
     m = plan.map
     assert m is not None
-    x, mass = move(plan, tokens.x, tokens.size)
+    x, mass = move(plan, tokens.x if plan.x is None else plan.x, tokens.size)
 
     def follow(field, fill=0):
         return None if field is None else rows(field, m.anchor, fill)
@@ -366,7 +367,7 @@ def _move(plan: Plan, tokens: Tokens) -> Tokens:
     if valid is not None:
         valid = follow(valid) if isinstance(m, SoftMap) else m.replace(weight=None).sum(valid.astype(jnp.float32)) > 0
     return tokens.replace(
-        x=x,
+        x=x.astype(tokens.x.dtype),
         size=size,
         valid=valid,
         position=follow(tokens.position, fill=-1),

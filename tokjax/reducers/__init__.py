@@ -18,7 +18,11 @@ from tokjax.reducers.vit.controls import AvgPool, Random, Strided
 from tokjax.reducers.vit.diffrate import DiffRate, strengths
 from tokjax.reducers.vit.evit import EViT
 from tokjax.reducers.vit.evovit import EvoViT
+from tokjax.reducers.vit.patchmerger import PatchMerger
 from tokjax.reducers.vit.pitome import PiToMe
+from tokjax.reducers.vit.sinkhorn import Sinkhorn
+from tokjax.reducers.vit.sit import SiT
+from tokjax.reducers.vit.tokenlearner import TokenLearner
 from tokjax.reducers.vit.tome import ToMe
 from tokjax.reducers.vit.topk import TopK
 
@@ -173,6 +177,46 @@ REGISTRY: dict[str, Entry] = {
         needs=("CLS attention",),
         knob=STRENGTH,
         neutral={"strength": 0.0},
+    ),
+    "sit": Entry(
+        make=SiT,
+        kind="soft merge",
+        paper="Zong et al., Self-slimmed Vision Transformer, ECCV 2022",
+        needs=("features",),
+        knob=TABLED_RATE,
+        neutral={"keep_rate": 1.0},
+        learned=True,
+        example={"keep_rate": 0.5},
+    ),
+    "patchmerger": Entry(
+        make=PatchMerger,
+        kind="soft merge",
+        paper="Renggli et al., Learning to Merge Tokens, 2022",
+        needs=("features",),
+        knob=TABLED_RATE,
+        neutral={"keep_rate": 1.0},
+        learned=True,
+        example={"keep_rate": 0.5},
+    ),
+    "sinkhorn": Entry(
+        make=Sinkhorn,
+        kind="soft merge",
+        paper="Haurum et al., Which Tokens to Use?, ICCVW 2023",
+        needs=("features",),
+        knob=TABLED_RATE,
+        neutral={"keep_rate": 1.0},
+        learned=True,
+        example={"keep_rate": 0.5},
+    ),
+    "tokenlearner": Entry(
+        make=TokenLearner,
+        kind="soft merge",
+        paper="Ryoo et al., TokenLearner, NeurIPS 2021",
+        needs=("features",),
+        knob=TABLED_RATE,
+        neutral={"keep_rate": 1.0},
+        learned=True,
+        example={"keep_rate": 0.5},
     ),
     "random": Entry(
         make=Random,
