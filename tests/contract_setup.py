@@ -318,12 +318,14 @@ def membership(map: token_map.TokenMap) -> np.ndarray:
     """Who went where [B,M,N], made from the indices alone; a token that is listed twice counts twice."""
     if isinstance(map, token_map.SoftMap):
         return np.asarray(map.weights, np.float64)
+    if isinstance(map, token_map.SpreadMap):
+        return _spread(map)
     return _listed(map, np.ones(map.moved.shape))
 
 
 def matrix(map: token_map.TokenMap) -> np.ndarray:
     """The linear map [B,M,N], with the weights of moved tokens."""
-    if isinstance(map, token_map.SoftMap) or map.weight is None:
+    if not isinstance(map, token_map.HardMap) or map.weight is None:
         return membership(map)
     return _listed(map, np.asarray(map.weight, np.float64))
 
@@ -336,6 +338,14 @@ def _listed(map: token_map.HardMap, weight: np.ndarray) -> np.ndarray:
     np.add.at(out, (row, np.broadcast_to(np.arange(m), keep.shape), keep), 1)
     np.add.at(out, (row, into, moved), weight)
     return out[:, :m, :n]
+
+
+def _spread(map: token_map.SpreadMap) -> np.ndarray:
+    (batch, m), n = map.keep.shape, map.num_in
+    out, row, slot = np.zeros((batch, m, n + 1)), np.arange(batch)[:, None, None], np.arange(m)[None, :, None]
+    np.add.at(out, (row, slot, np.asarray(map.keep)[:, :, None]), 1)
+    np.add.at(out, (row, slot, np.asarray(map.moved)[:, None]), np.asarray(map.share, np.float64))
+    return out[:, :, :n]
 
 
 def applied(plan: token_map.Plan, x: np.ndarray, size: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -12,6 +12,7 @@ from tokjax.token_map import (
     HardMap,
     Plan,
     SoftMap,
+    SpreadMap,
     apply,
     apply_form,
     behind_prefix,
@@ -161,6 +162,26 @@ def test_soft_maps_answer_by_their_matrix():
     np.testing.assert_allclose(map.unmerge(y), weights.swapaxes(1, 2) @ y, atol=1e-6)
     np.testing.assert_array_equal(map.dest(), [[0, 1, 2], [0, 2, 0]])  # no share at all: dropped; ties: the lower slot
     np.testing.assert_array_equal(map.membership(), weights)
+
+
+def test_spread_maps_answer_by_their_matrix():
+    share = jnp.array([[[0.6, 0.0], [0.0, 0.0], [0.7, 0.0]], [[0.5, -1.0], [0.5, 0.25], [0.0, 0.0]]])
+    keep, moved = jnp.array([[3, 0, 5], [4, 1, 5]]), jnp.array([[1, 2], [0, 5]])  # 5: an empty slot, nobody
+    map, x, y = SpreadMap(keep, moved, share, 5), features(0, 5), features(1, 3)
+    matrix = np.zeros((2, 3, 5))
+    matrix[0, 0, 3] = matrix[0, 1, 0] = matrix[1, 0, 4] = matrix[1, 1, 1] = 1
+    matrix[0, :, 1], matrix[1, :, 0] = [0.6, 0, 0.7], [0.5, 0.5, 0]
+    assert (map.num_in, map.num_out) == (5, 3)
+    np.testing.assert_allclose(map.matrix(), matrix, atol=1e-7)
+    np.testing.assert_allclose(map.membership(), matrix, atol=1e-7)
+    np.testing.assert_allclose(map.sum(x), matrix @ x, atol=1e-6)
+    np.testing.assert_allclose(map.unmerge(y), matrix.swapaxes(1, 2) @ y, atol=1e-6)
+    np.testing.assert_array_equal(map.dest(), [[1, 2, 3, 0, 3], [0, 1, 3, 3, 0]])
+    valid = jnp.array([[True, True, True, False, True]] * 2)
+    out = apply(Plan(map, size=map), Tokens(x, valid=valid))
+    np.testing.assert_array_equal(out.valid, [[False, True, False], [True, True, False]])  # as the anchors
+    np.testing.assert_allclose(out.size, matrix.sum(-1), atol=1e-6)
+    np.testing.assert_allclose(compose(map, identity(2, 5)).matrix(), matrix, atol=1e-6)
 
 
 def test_compose_refuses_maps_that_do_not_meet():

@@ -12,7 +12,7 @@ from tokjax import reducers
 from tokjax.api import DualModel, Model, Trace, build, load, reduce, save
 from tokjax.compilation import enable_cache
 from tokjax.signals import Context, Signals
-from tokjax.token_map import HardMap, Plan, SoftMap, apply, compose
+from tokjax.token_map import HardMap, Plan, SoftMap, SpreadMap, apply, compose
 from tokjax.tokens import Tokens
 
 enable_cache()  # here, since JAX decides at its first compilation whether it keeps programs
@@ -25,6 +25,7 @@ __all__ = [
     "Plan",
     "Signals",
     "SoftMap",
+    "SpreadMap",
     "Tokens",
     "Trace",
     "apply",

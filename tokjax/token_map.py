@@ -153,7 +153,55 @@ class SoftMap(struct.PyTreeNode):
         return self.weights
 
 
-TokenMap = HardMap | SoftMap
+class SpreadMap(struct.PyTreeNode):
+    """Keep some tokens, in this order, and spread each of some others over the slots; the rest is dropped.
+
+    The soft map that leaves most tokens whole: its sum takes M R products a channel where a full matrix takes M N.
+    `keep == N` is an empty slot, `moved == N` nobody.
+    """
+
+    keep: Int[Array, "B M"]
+    moved: Int[Array, "B R"]
+    share: Float[Array, "B M R"]
+    num_in: int = struct.field(pytree_node=False)
+
+    @property
+    def num_out(self) -> int:
+        return self.keep.shape[1]
+
+    @property
+    def anchor(self) -> Int[Array, "B M"]:
+        return self.keep
+
+    def sum(self, x: Float[Array, "B N *c"]) -> Float[Array, "B M *c"]:
+        share, moved = self.share.astype(x.dtype), rows(x, self.moved)
+        return rows(x, self.keep) + jnp.einsum("bmr,br...->bm...", share, moved, precision="highest")
+
+    def _scattered(self, kept: Array, moved: Array, fill) -> Array:
+        """Values of kept and of moved tokens at the places of the tokens, `fill` at dropped ones."""
+        every = jnp.full((kept.shape[0], self.num_in, *kept.shape[2:]), fill, kept.dtype)
+        put = jax.vmap(lambda out, i, v: out.at[i].set(v, mode="drop"))
+        return put(put(every, self.moved, moved), self.keep, kept)
+
+    def dest(self) -> Int[Array, "B N"]:
+        """Slot with the largest share of every input token, the lower one on ties; M where it has none."""
+        m, share = self.num_out, jnp.abs(self.share)
+        slots = jnp.broadcast_to(jnp.arange(m, dtype=jnp.int32), self.keep.shape)
+        return self._scattered(slots, jnp.where(share.sum(1) > 0, share.argmax(1), m).astype(jnp.int32), m)
+
+    def unmerge(self, y: Float[Array, "B M *c"]) -> Float[Array, "B N *c"]:
+        """Membership transposed, as of every map."""
+        mixed = jnp.einsum("bmr,bm...->br...", self.share.astype(y.dtype), y, precision="highest")
+        return self._scattered(y, mixed, 0)
+
+    def membership(self) -> Float[Array, "B M N"]:
+        return self.sum(jnp.broadcast_to(jnp.eye(self.num_in), (self.keep.shape[0], self.num_in, self.num_in)))
+
+    def matrix(self) -> Float[Array, "B M N"]:
+        return self.membership()
+
+
+TokenMap = HardMap | SoftMap | SpreadMap
 Map = TypeVar("Map", HardMap, SoftMap)
 
 
@@ -365,7 +413,7 @@ def _move(plan: Plan, tokens: Tokens) -> Tokens:
         size = jnp.maximum(size, plan.least)
     valid = tokens.valid
     if valid is not None:
-        valid = follow(valid) if isinstance(m, SoftMap) else m.replace(weight=None).sum(valid.astype(jnp.float32)) > 0
+        valid = m.replace(weight=None).sum(valid.astype(jnp.float32)) > 0 if isinstance(m, HardMap) else follow(valid)
     return tokens.replace(
         x=x.astype(tokens.x.dtype),
         size=size,
