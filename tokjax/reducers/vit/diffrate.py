@@ -86,6 +86,20 @@ def shares(rates: str, depth: int, strength: float = 1.0) -> tuple[Shares, ...]:
     return tuple((float(until), float(left)) for until, left in zip(*columns, strict=True))
 
 
+def candidates(patches: int, granularity: int = 4) -> Int[np.ndarray, "K"]:
+    """The patch counts that the published search chooses from: all patches, then fewer by its granularity each."""
+    return np.arange(patches, 0, -granularity)
+
+
+def searched(logits: Float[np.ndarray, "K"], patches: int, granularity: int = 4) -> int:
+    """Tokens that searched logits keep, class token included: the expected candidate, rounded up.
+
+    In double precision, less a hair: in single precision a whole number may come out above itself.
+    """
+    chance = np.exp(np.asarray(logits, np.float64) - np.max(logits))
+    return int(np.ceil(candidates(patches, granularity) @ chance / chance.sum() - 1e-4)) + 1
+
+
 def counted(share: float, patches: int) -> int:
     """A share of the patches as a number, rounded half up, at least 1 of them."""
     return min(patches, max(1, int(patches * share + 0.5)))
