@@ -472,7 +472,7 @@ def reduce(
     if form is not None and form not in get_args(token_map.Form):
         raise ValueError(f"form={form!r}: must be one of {', '.join(get_args(token_map.Form))}")
     if isinstance(method, str):
-        made = Method(method, dict(settings), reducers.create(method, **settings))
+        made = Method(method, dict(settings), reducers.create(method, model.info, **settings))
     elif settings:
         raise ValueError(f"settings={settings}: go with a registered name, not with a reducer that is made already")
     else:
