@@ -44,6 +44,7 @@ SHARES = {
     **{f"image_to_text@{k}": f"image to text R@{k}" for k in (1, 5, 10)},
     **{f"text_to_image@{k}": f"text to image R@{k}" for k in (1, 5, 10)},
     "agreement": "agreement with the unreduced model",
+    "similarity": "cosine with the unreduced model's features",
 }
 # Key of a row -> (axis label, factor from the stored number to the shown one).
 AXES = {

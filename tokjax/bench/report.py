@@ -220,6 +220,7 @@ _known = [
     Column("target", "target", _words),
     *(Column(key, f"{name} %", _percent) for key, name in viz.SHARES.items()),
     Column("agreement", "agreement %", _percent),
+    Column("similarity", "cosine %", _percent),
     Column("rmse", "RMSE", _number(lambda error: _digits(error, 4))),
     Column("abs_rel", "rel. error", _number(lambda error: _digits(error, 3))),
     Column("macs", "MACs", _si),
