@@ -100,7 +100,8 @@ def _bipartite_padded(metric, r: int, prefix: int, valid, counts) -> HardMap:
     scores = jnp.where((even < count)[:, :, None] & (odd < count)[:, None], scores, -jnp.inf)
     best, partner = proposals(scores)
     order = jnp.argsort(-best, axis=-1, stable=True)
-    sending = jnp.arange(r) < jnp.minimum(counts, (count - prefix) // 2)
+    merged = jnp.minimum(counts, (count - prefix) // 2)
+    sending = jnp.arange(r) < merged
     sent = jnp.where(sending, order[:, :r], len(even))
 
     gone = jax.vmap(lambda row: jnp.zeros(len(even), bool).at[row].set(True, mode="drop"))(sent)
@@ -115,6 +116,8 @@ def _bipartite_padded(metric, r: int, prefix: int, valid, counts) -> HardMap:
     rank = jnp.cumsum(alive, -1) - 1
     taken = jnp.argsort(~alive, axis=-1, stable=True)[:, : n - r]
     keep = jnp.where(jnp.take_along_axis(alive, taken, 1), jnp.take_along_axis(candidates, taken, 1), n)
+    slots = jnp.arange(n - r)
+    keep = jnp.where(merged > 0, keep, jnp.where(slots < count, slots, n))  # nothing merges: nothing changes place
     slot = rows(rank, prefix + stay.shape[1] - receivers + rows(partner, sent))
     into = jnp.where(sending, slot, n - r)
     moved = jnp.where(sending, 2 * sent, n)
