@@ -5,8 +5,8 @@ transformers `models/clip`. In all of them: QuickGELU unless a configuration say
 positions at another size bicubic without anti-aliasing, images with a short side of the size, bicubic, cropped.
 
 OpenAI's archives hold no configuration: heads have 64 channels, and the activation is QuickGELU. OpenCLIP's
-`open_clip_config.json` says all of that (its own default is the exact GELU). For other files with these names, a
-`config.json` may state `vision_heads`, `text_heads` and `quick_gelu`.
+`open_clip_config.json` says all of that (its own default is the exact GELU). Other files with these names could be
+either's, so a `config.json` must state `quick_gelu`; it may state `vision_heads` and `text_heads`.
 """
 
 import dataclasses
@@ -110,12 +110,19 @@ def tower(config: Json, name: str) -> Json:
     return {**(config.get(f"{name}_config") or {}), **(config.get(f"{name}_config_dict") or {})}
 
 
+def tower_view(config: Json, tensors: Readable) -> Readable:
+    """A vision tower alone, which transformers 5 saves without the prefix that all others have."""
+    own = r"(?=(embeddings|encoder|pre_layrnorm|post_layernorm|head)\.)"
+    return View(tensors, lambda name: re.sub("^" + own, "vision_model.", name))
+
+
 def _vision_configure(config: Json, tensors: Readable, path: str = "") -> ViTConfig:
     measured = Measured(CLIP_ROWS if path else VISION_ROWS, tensors, path)
     stated = Stated(tower(config, "vision") or config, measured)
+    patch = stated.size("patch_size", "patch")
     return ViTConfig(
-        image_size=pair(stated.get("image_size", 224)),
-        patch_size=stated.size("patch_size", "patch"),
+        image_size=pair(stated.get("image_size", 224), patch),
+        patch_size=patch,
         channels=stated.size("num_channels", "channels"),
         num_classes=measured.classes,
         **_VISION,
@@ -227,6 +234,7 @@ HF_CLIP_VISION = Family(
     preprocess=processed(_clip_images),
     describe=_describe_vision,
     expresses=_vision_expresses,
+    view=tower_view,
     ignored=_POSITION_IDS + r"|text_projection\..*|logit_scale",
 )
 
@@ -240,7 +248,13 @@ def _openai_configure(config: Json, tensors: Readable) -> DualConfig:
     vision_cfg, text_cfg = cfg.get("vision_cfg") or {}, cfg.get("text_cfg") or {}
     _refuse(vision_cfg, "vision_cfg", _KNOWN_VISION)
     _refuse(text_cfg, "text_cfg", _KNOWN_TEXT)
-    quick = cfg.get("quick_gelu", False) if cfg else config.get("quick_gelu", True)
+    # These are only in OpenAI's archives.
+    quick = cfg.get("quick_gelu", False) if cfg else config.get("quick_gelu", "input_resolution" in tensors or None)
+    if quick is None:
+        raise UserError(
+            "These names are OpenAI's and OpenCLIP's, whose activations differ: put open_clip_config.json beside the "
+            'weights, or {"quick_gelu": true} (OpenAI) or false in config.json.'
+        )
     image, words = (Measured(OPENAI_ROWS, tensors, path) for path in ("vision.", "text."))
 
     def blocks(measured: Measured, heads: int | None, norm: Json) -> Json:
@@ -258,7 +272,7 @@ def _openai_configure(config: Json, tensors: Readable) -> DualConfig:
     if "head_width" in vision_cfg:
         heads = image.width // vision_cfg["head_width"]
     vision = ViTConfig(
-        image_size=pair(vision_cfg.get("image_size") or image.image(1)),
+        image_size=pair(vision_cfg.get("image_size") or image.image(1), image.patch),
         patch_size=image.patch,
         channels=image.channels,
         num_classes=image.classes,

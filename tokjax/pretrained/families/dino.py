@@ -105,9 +105,10 @@ def _dinov2_configure(config: Json, tensors: Readable) -> ViTConfig:
     width, times = stated.size("hidden_size", "width"), stated.get("mlp_ratio", 4)
     hidden = swiglu_width(width, times) if gated else int(width * times)
     with_registers = config.get("model_type") == "dinov2_with_registers"
+    patch = stated.size("patch_size", "patch")
     return ViTConfig(
-        image_size=pair(config.get("image_size") or measured.image(1)),
-        patch_size=stated.size("patch_size", "patch"),
+        image_size=pair(config.get("image_size") or measured.image(1), patch),
+        patch_size=patch,
         channels=stated.size("num_channels", "channels"),
         num_classes=0,
         registers=stated.get("num_register_tokens", 4) if with_registers else 0,
@@ -133,9 +134,10 @@ def _dinov3_configure(config: Json, tensors: Readable) -> ViTConfig:
     if gated != (activation == "silu"):
         raise UserError(f"hidden_act = {activation!r} with use_gated_mlp = {gated} is not known here.")
     blocks = Stated({**config, "hidden_act": "gelu"}, measured) if gated else stated
+    patch = stated.size("patch_size", "patch")
     return ViTConfig(
-        image_size=pair(stated.get("image_size", 224)),
-        patch_size=stated.size("patch_size", "patch"),
+        image_size=pair(stated.get("image_size", 224), patch),
+        patch_size=patch,
         channels=stated.size("num_channels", "channels"),
         num_classes=0,
         registers=stated.get("num_register_tokens", 0),
@@ -154,17 +156,12 @@ def _backbone(model: Any) -> bool:
     return plain(model) and not model.distilled and model.num_classes == 0 and model.layer_scale is not None
 
 
-def _dinov2_ratio(model: ViTConfig) -> float | None:
-    """The `mlp_ratio` by which transformers arrives at the model's hidden width, whole if possible."""
-    hidden = int(model.width * model.mlp_ratio)
+def _dinov2_ratio(model: ViTConfig) -> int | None:
+    """The `mlp_ratio`, a whole number, by which transformers arrives at the model's hidden width."""
+    width, hidden = model.width, int(model.width * model.mlp_ratio)
     if model.mlp == "plain":
-        return _whole(ratio(model.width, hidden))
-    nearby = (_whole(hidden * 1.5 / model.width), ratio(model.width, -(-hidden * 3 // 2)))
-    return next((r for r in nearby if swiglu_width(model.width, r) == hidden), None)
-
-
-def _whole(value: float) -> float:
-    return int(value) if value == int(value) else value
+        return hidden // width if hidden % width == 0 else None
+    return next((times for times in range(1, 2 * hidden // width + 2) if swiglu_width(width, times) == hidden), None)
 
 
 def _dinov2_expresses(registers: bool) -> Callable[[Any], bool]:
@@ -173,7 +170,7 @@ def _dinov2_expresses(registers: bool) -> Callable[[Any], bool]:
         and (model.registers > 0) == registers
         and model.position == "learned"
         and model.key_bias
-        and isinstance(_dinov2_ratio(model), int)  # transformers refuses fractions
+        and _dinov2_ratio(model) is not None
     )
 
 
@@ -300,7 +297,9 @@ def _upstream(rows: Mapping[str, Row], swiglu: Mapping[str, Row], tensors: Reada
 
 def _dinov2_upstream(config: Json, tensors: Readable) -> ViTConfig:
     measured, sizes = _upstream(DINOV2_UPSTREAM_ROWS, DINOV2_UPSTREAM_SWIGLU, tensors)
-    return ViTConfig(image_size=pair(measured.image(1)), heads=heads_of_64(measured.width), **sizes)
+    side = measured.image(1)
+    heads = config.get("num_heads") or heads_of_64(measured.width)
+    return ViTConfig(image_size=(side, side), heads=heads, **sizes)
 
 
 def _dinov3_upstream(config: Json, tensors: Readable) -> ViTConfig:

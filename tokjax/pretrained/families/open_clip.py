@@ -45,7 +45,9 @@ def _configure(config: Json, tensors: Readable) -> Config:
         "model_args": {"img_size": image.get("image_size")},
     }
     measured = Measured(ROWS, tensors, "text.")
-    act = (text.get("act_kwargs") or {}).get("approximate")
+    last = text.get("pool_type") == "last"
+    # Texts read at their last place are SigLIP's, which was trained with the tanh form whatever the file says.
+    tanh = last or (text.get("act_kwargs") or {}).get("approximate") == "tanh"
     words = TextConfig(
         vocab_size=measured.shape("token_embed", 2)[0],
         length=measured.positions,
@@ -54,9 +56,9 @@ def _configure(config: Json, tensors: Readable) -> Config:
         heads=text.get("heads", 8),
         mlp_ratio=ratio(measured.width, measured.hidden),
         causal=not text.get("no_causal_mask", False),
-        pooling="last" if text.get("pool_type") == "last" else "eos",
+        pooling="last" if last else "eos",
         norm_eps=(text.get("norm_kwargs") or {}).get("eps", 1e-5),
-        gelu="tanh" if act == "tanh" else "quick" if cfg.get("quick_gelu") else "exact",
+        gelu="tanh" if tanh else "quick" if cfg.get("quick_gelu") else "exact",
         embed_dim=measured.classes,
         head_bias="text.text_projection.bias" in tensors,
     )

@@ -22,10 +22,11 @@ from tokjax.pretrained.families.base import (
     Json,
     Measured,
     Stated,
+    as_stored,
     pair,
     processed,
 )
-from tokjax.pretrained.families.clip import HF_BLOCKS, HF_TEXT_ROWS, describe_text, describe_vision, tower
+from tokjax.pretrained.families.clip import HF_BLOCKS, HF_TEXT_ROWS, describe_text, describe_vision, tower, tower_view
 from tokjax.pretrained.names import Readable, Row, table, under
 from tokjax.pretrained.preprocess import HALF, Naflex, Preprocess
 
@@ -66,7 +67,7 @@ def _vision_configure(kind: str, path: str = "") -> Callable[[Json, Readable], V
         flexible = kind == "siglip2"
         side = math.isqrt(stated.get("num_patches", measured.positions)) * patch
         return ViTConfig(
-            image_size=(side, side) if flexible else pair(stated.get("image_size", 224)),
+            image_size=(side, side) if flexible else pair(stated.get("image_size", 224), patch),
             patch_size=patch,
             channels=stated.get("num_channels", 3),
             num_classes=0,
@@ -175,6 +176,7 @@ def _family(kind: str, vision: bool) -> Family:
         preprocess=processed(_square if kind == "siglip" else _flexible),
         describe=_describe_vision(kind) if vision else _describe(kind),
         expresses=_vision_expresses(kind) if vision else _expresses(kind),
+        view=tower_view if vision else as_stored,
         ignored=r".*embeddings\.position_ids" + (r"|logit_scale|logit_bias" if vision else ""),
     )
 

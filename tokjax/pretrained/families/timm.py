@@ -131,11 +131,12 @@ _DINOV3: Json = {
     "rope_temperature": 100.0,
     "use_abs_pos_emb": False,
     "swiglu_mlp": False,
+    "swiglu_align_to": 0,
     "global_pool": "avg",
     "fc_norm": False,
 }
 _DINOV3_BIAS: Json = {**_DINOV3, "qkv_bias": True}
-_GATED: Json = {"swiglu_mlp": True}
+_GATED: Json = {"swiglu_mlp": True, "swiglu_align_to": 8}
 
 # Architectures by pattern (patch P, image S, registers R) and size, with what they add to the arguments of a plain ViT.
 ARCHITECTURES: tuple[tuple[str, str, Json], ...] = (
@@ -192,7 +193,7 @@ _DEFAULTS: Json = {
 # Arguments that change nothing at evaluation.
 _HARMLESS = {"drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "weight_init"}
 _HARMLESS |= {"fix_init", "dynamic_img_size", "dynamic_img_pad", "strict_img_size", "proj_bias"}
-_HARMLESS |= {"use_rot_pos_emb", "rope_rotate_half", "swiglu_align_to"}  # as DINOv3's architectures have them
+_HARMLESS |= {"use_rot_pos_emb", "rope_rotate_half"}  # as DINOv3's architectures have them
 
 # Over merged tokens, the mean over the patches that they stand for (ToMe's patch of MAE); else the plain mean.
 _POOLING: Json = {"token": "cls", "avg": "size_mean", "map": "map"}
@@ -306,10 +307,12 @@ def _configure(config: Json, tensors: Readable) -> ViTConfig:
     if rotary:
         _choice(a, "rope_type", {"dinov3": True})
         _choice(a, "use_abs_pos_emb", {False: False})
-    # A matrix that holds gate and value counts twice.
+    # A matrix that holds gate and value counts twice; two of them are rounded up.
     hidden = int(a["embed_dim"] * a["mlp_ratio"]) // (1 + a["packed_swiglu"])
+    align = a.get("swiglu_align_to", 1) or 1
+    hidden += -hidden % align
     return ViTConfig(
-        image_size=pair(a["img_size"]),
+        image_size=pair(a["img_size"], a["patch_size"]),
         patch_size=a["patch_size"],
         channels=a["in_chans"],
         width=a["embed_dim"],
@@ -398,7 +401,8 @@ def _describe(model: ViTConfig, preprocess: Images | None) -> Json:
         "drop_path_rate": model.drop_path,
     }
     if rotary:
-        arguments |= {"num_reg_tokens": model.registers, "rope_temperature": model.rope_base, "swiglu_mlp": gated}
+        arguments |= {"num_reg_tokens": model.registers, "rope_temperature": model.rope_base}
+        arguments |= {"swiglu_mlp": True, "swiglu_align_to": 1} if gated else {}
     else:
         arguments |= {
             "reg_tokens": model.registers,

@@ -63,10 +63,10 @@ def _configure(rows: dict[str, Row], kind: str) -> Callable[[Json, Readable], Co
         measured = Measured(rows, tensors)
         stated = Stated(config, measured)
         distilled = kind == "deit"
-        size = config.get("image_size") or measured.image(1 + distilled)
+        patch = stated.size("patch_size", "patch")
         return ViTConfig(
-            image_size=pair(size),
-            patch_size=stated.size("patch_size", "patch"),
+            image_size=pair(config.get("image_size") or measured.image(1 + distilled), patch),
+            patch_size=patch,
             channels=stated.size("num_channels", "channels"),
             num_classes=0 if kind == "vit_mae" else _classes(config, measured),
             distilled=distilled,
