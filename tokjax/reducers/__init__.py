@@ -16,8 +16,13 @@ from tokjax.hooks import ModelInfo, Reducer
 from tokjax.reducers.vit.ats import ATS
 from tokjax.reducers.vit.controls import AvgPool, Random, Strided
 from tokjax.reducers.vit.diffrate import DiffRate, strengths
+from tokjax.reducers.vit.dpcknn import DPCKNN
+from tokjax.reducers.vit.dynamicvit import DynamicViT
 from tokjax.reducers.vit.evit import EViT
 from tokjax.reducers.vit.evovit import EvoViT
+from tokjax.reducers.vit.gtp import GTP
+from tokjax.reducers.vit.heuristic import Heuristic
+from tokjax.reducers.vit.kmedoids import KMedoids
 from tokjax.reducers.vit.patchmerger import PatchMerger
 from tokjax.reducers.vit.pitome import PiToMe
 from tokjax.reducers.vit.sinkhorn import Sinkhorn
@@ -67,6 +72,10 @@ def _removed(info: ModelInfo) -> list[int]:
     return list(range((info.length - info.prefix) // 2, -1, -1))
 
 
+def _all_but_one(info: ModelInfo) -> list[int]:
+    return list(range(info.length - info.prefix - 1, -1, -1))
+
+
 def _tabled_rates(info: ModelInfo) -> list[float]:
     patches = info.length - info.prefix
     rates = ((k, k / patches) for k in range(1, patches + 1))
@@ -74,10 +83,18 @@ def _tabled_rates(info: ModelInfo) -> list[float]:
     return [rate if schedules.kept_table(rate, patches, 1) == (k,) else math.nextafter(rate, 1) for k, rate in rates]
 
 
+def _ring_rates(info: ModelInfo) -> list[float]:
+    """One rate for every pattern that some rate gives."""
+    patterns = {Heuristic(rate).radii(info): rate for rate in _tabled_rates(info)}
+    return sorted(patterns.values())
+
+
 KEEP_RATE = Knob("keep_rate", "(0, 1], lower is cheaper", _rates)
 TABLED_RATE = Knob("keep_rate", "(0, 1], to the power of the location, lower is cheaper", _tabled_rates)
 RATIO = Knob("ratio", "[0.5, 1], lower is cheaper", lambda _: [k / 400 for k in range(200, 401)])
 STRENGTH = Knob("strength", "at least 0, higher is cheaper", strengths)
+RINGS = Knob("keep_rate", TABLED_RATE.range, _ring_rates)
+PROPAGATED = Knob("propagated", "0 to all patches but one, higher is cheaper", _all_but_one)
 REMOVED = Knob("r", "0 to half of the patches, higher is cheaper", _removed)
 
 
@@ -135,6 +152,15 @@ REGISTRY: dict[str, Entry] = {
         neutral={"ratio": 1.0},
         conserves=True,
         example={"ratio": 0.75, "matching": "ordered"},
+    ),
+    "gtp": Entry(
+        make=GTP,
+        kind="propagate",
+        paper="Xu et al., GTP-ViT, WACV 2024",
+        needs=("all attention rows", "patch grid"),
+        knob=PROPAGATED,
+        neutral={"propagated": 0},
+        example={"propagated": 4, "neighbours": 3},
     ),
     "topk": Entry(
         make=TopK,
@@ -217,6 +243,42 @@ REGISTRY: dict[str, Entry] = {
         neutral={"keep_rate": 1.0},
         learned=True,
         example={"keep_rate": 0.5},
+    ),
+    "dynamicvit": Entry(
+        make=DynamicViT,
+        kind="prune",
+        paper="Rao et al., DynamicViT, NeurIPS 2021",
+        needs=("features",),
+        knob=TABLED_RATE,
+        neutral={"keep_rate": 1.0},
+        learned=True,
+    ),
+    "dpcknn": Entry(
+        make=DPCKNN,
+        kind="merge",
+        paper="Zeng et al., TCFormer, CVPR 2022",
+        needs=("features",),
+        knob=TABLED_RATE,
+        neutral={"keep_rate": 1.0},
+    ),
+    "kmedoids": Entry(
+        make=KMedoids,
+        kind="prune by clusters",
+        paper="Haurum et al., Which Tokens to Use?, ICCVW 2023",
+        needs=("features", "all attention rows"),
+        knob=TABLED_RATE,
+        neutral={"keep_rate": 1.0},
+        padding=False,
+    ),
+    "heuristic": Entry(
+        make=Heuristic,
+        kind="prune",
+        paper="Haurum et al., Which Tokens to Use?, ICCVW 2023",
+        needs=("grid",),
+        knob=RINGS,
+        neutral={"keep_rate": 1.0},
+        padding=False,
+        control=True,
     ),
     "random": Entry(
         make=Random,
