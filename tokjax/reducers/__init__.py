@@ -23,6 +23,7 @@ from tokjax.reducers.vit.evovit import EvoViT
 from tokjax.reducers.vit.gtp import GTP
 from tokjax.reducers.vit.heuristic import Heuristic
 from tokjax.reducers.vit.kmedoids import KMedoids
+from tokjax.reducers.vit.gtp import GTP
 from tokjax.reducers.vit.patchmerger import PatchMerger
 from tokjax.reducers.vit.pitome import PiToMe
 from tokjax.reducers.vit.sinkhorn import Sinkhorn
@@ -76,6 +77,10 @@ def _all_but_one(info: ModelInfo) -> list[int]:
     return list(range(info.length - info.prefix - 1, -1, -1))
 
 
+def _all_but_one(info: ModelInfo) -> list[int]:
+    return list(range(info.length - info.prefix - 1, -1, -1))
+
+
 def _tabled_rates(info: ModelInfo) -> list[float]:
     patches = info.length - info.prefix
     rates = ((k, k / patches) for k in range(1, patches + 1))
@@ -94,6 +99,7 @@ TABLED_RATE = Knob("keep_rate", "(0, 1], to the power of the location, lower is 
 RATIO = Knob("ratio", "[0.5, 1], lower is cheaper", lambda _: [k / 400 for k in range(200, 401)])
 STRENGTH = Knob("strength", "at least 0, higher is cheaper", strengths)
 RINGS = Knob("keep_rate", TABLED_RATE.range, _ring_rates)
+PROPAGATED = Knob("propagated", "0 to all patches but one, higher is cheaper", _all_but_one)
 PROPAGATED = Knob("propagated", "0 to all patches but one, higher is cheaper", _all_but_one)
 REMOVED = Knob("r", "0 to half of the patches, higher is cheaper", _removed)
 
@@ -152,6 +158,15 @@ REGISTRY: dict[str, Entry] = {
         neutral={"ratio": 1.0},
         conserves=True,
         example={"ratio": 0.75, "matching": "ordered"},
+    ),
+    "gtp": Entry(
+        make=GTP,
+        kind="propagate",
+        paper="Xu et al., GTP-ViT, WACV 2024",
+        needs=("all attention rows", "patch grid"),
+        knob=PROPAGATED,
+        neutral={"propagated": 0},
+        example={"propagated": 4, "neighbours": 3},
     ),
     "gtp": Entry(
         make=GTP,
