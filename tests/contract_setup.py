@@ -75,7 +75,7 @@ class Walk(struct.PyTreeNode):
 
 def info(shape: Shape, depth: int = DEPTH) -> hk.ModelInfo:
     length, prefix = shape
-    return hk.ModelInfo(depth, CHANNELS, HEADS, length, prefix, GRID, "cls" if prefix else "mean")
+    return hk.ModelInfo(depth, CHANNELS, HEADS, length, prefix, GRID, "cls" if prefix else "mean", classes=5)
 
 
 def made(name: str, at: hk.ModelInfo, **settings: Any) -> hk.Reducer:

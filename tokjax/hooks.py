@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 import dataclasses
 from typing import Any, Literal, Protocol, get_args
 
+from flax import struct
 import jax
 from jaxtyping import Array, Float
 
@@ -18,8 +19,9 @@ Where = Literal[
     "after_attention",  # on the residual stream, between attention and MLP
     "after_block",
     "around_attention",  # reduce, run, unmerge
+    "around_cross_attention",
     "around_mlp",
-    "readout",  # `readout(states) -> [B,C]`: a head that reads the tokens after every block
+    "readout",  # `readout(states) -> [B,C] | Logits`: a head that reads the tokens after every block
     "before_llm",  # on the tokens of an encoder, before they enter a language model
     "after_prefill",  # on a KV cache
     "decode_step",
@@ -38,6 +40,13 @@ class ModelInfo:
     grid: tuple[int, int] | None = None
     pooling: str = "cls"  # what the head reads: "cls", "mean" or "size_mean"
     sites: frozenset[str] = frozenset(get_args(Where))
+    classes: int = 0  # 0: no classifier
+
+
+class Logits(struct.PyTreeNode):
+    """What a `readout` gives that is a classifier of its own: in place of the model's logits, not of its pooling."""
+
+    value: Float[Array, "B K"]
 
 
 class Reducer(Protocol):

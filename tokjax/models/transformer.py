@@ -17,7 +17,7 @@ from tokjax.tokens import MASKED, Tokens
 
 Gelu = Literal["exact", "tanh", "quick"]
 MlpKind = Literal["plain", "swiglu"]
-SITES = frozenset(get_args(hk.Where)) - {"before_llm", "after_prefill", "decode_step"}
+SITES = frozenset(get_args(hk.Where)) - {"around_cross_attention", "before_llm", "after_prefill", "decode_step"}
 
 
 class BlockConfig(Protocol):
@@ -158,7 +158,7 @@ class Block(nnx.Module):
         context: Context | None = None,
         drop: tuple[float | Array, Array] | None = None,
     ) -> tuple[Tokens, Tokens]:
-        """Attention and MLP with their hooks; also the tokens as they entered the MLP. `drop`: rate, key."""
+        """Attention and MLP with their hooks; also the tokens that the MLP ran on. `drop`: rate, key."""
         outside = Signals(context=context or Context())
         tokens, _ = hk.reduce(hooks, "before_block", layer, tokens, outside)
         inside = [outside]  # the signals of this block's attention, once it has run on all tokens
@@ -179,9 +179,14 @@ class Block(nnx.Module):
 
         tokens = branch("around_attention", tokens, self.norm1, attend, "ls1", 0)
         tokens, signals = hk.reduce(hooks, "after_attention", layer, tokens, inside[0], then="after_block")
-        entered = tokens
-        tokens = branch("around_mlp", tokens, self.norm2, lambda part: self.mlp(part.x), "ls2", 1)
-        return hk.reduce(hooks, "after_block", layer, tokens, signals)[0], entered
+        entered: list[Tokens] = []
+
+        def mlp(part: Tokens) -> Array:
+            entered.append(part)
+            return self.mlp(part.x)
+
+        tokens = branch("around_mlp", tokens, self.norm2, mlp, "ls2", 1)
+        return hk.reduce(hooks, "after_block", layer, tokens, signals)[0], entered[0]
 
 
 class Ran(struct.PyTreeNode):
@@ -191,6 +196,7 @@ class Ran(struct.PyTreeNode):
     pooled: Float[Array, "B C"] | None  # of a `readout` hook
     trace: tuple[LayerTrace, ...] | None
     states: tuple[Tokens, ...] | None
+    logits: Float[Array, "B K"] | None = None  # of a `readout` hook that is a classifier of its own
 
 
 class Blocks(nnx.Module):
@@ -230,11 +236,14 @@ class Blocks(nnx.Module):
                 states.append(tokens)
             if tokens.origin is not None:
                 traces.append(LayerTrace(tokens.origin, tokens.size, entered.count(), entered.length, tokens.length))
+        read = readout[0](tuple(states)) if readout else None
+        own = isinstance(read, hk.Logits)
         return Ran(
             tokens,
-            readout[0](tuple(states)) if readout else None,
+            None if own else read,
             tuple(traces) if traced else None,
             tuple(states) if keep_states else None,
+            read.value if own else None,
         )
 
     def _runs(

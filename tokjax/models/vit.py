@@ -147,6 +147,7 @@ class ViTConfig:
             None if self.position == "naflex" else self.grid,
             self.pooling,
             SITES,
+            self.num_classes,
         )
 
     def example(self, batch: int) -> Any:
@@ -336,6 +337,8 @@ class ViT(Blocks):
             heads = (self.head(pooled).astype(jnp.float32),)
         if cfg.num_classes and cfg.distilled:
             heads += (self.head_dist(features[:, 1]).astype(jnp.float32),)
+        if ran.logits is not None:
+            heads = (ran.logits.astype(jnp.float32),)
         logits = sum(heads[1:], heads[0]) / len(heads) if heads else pooled
         return Output(logits, heads, pooled, features, tokens, ran.trace, ran.states)
 
