@@ -237,14 +237,9 @@ class Blocks(nnx.Module):
             if tokens.origin is not None:
                 traces.append(LayerTrace(tokens.origin, tokens.size, entered.count(), entered.length, tokens.length))
         read = readout[0](tuple(states)) if readout else None
-        own = isinstance(read, hk.Logits)
-        return Ran(
-            tokens,
-            None if own else read,
-            tuple(traces) if traced else None,
-            tuple(states) if keep_states else None,
-            read.value if own else None,
-        )
+        pooled, logits = (None, read.value) if isinstance(read, hk.Logits) else (read, None)
+        kept = tuple(states) if keep_states else None
+        return Ran(tokens, pooled, tuple(traces) if traced else None, kept, logits)
 
     def _runs(
         self, cfg: BlockConfig, hooks: Sequence[hk.Hook], first: int, depth: int, whole: bool
