@@ -2,9 +2,13 @@ import numpy as np
 import pytest
 
 from tokjax.errors import UserError
+from tokjax.models.dual import DualConfig
+from tokjax.models.text import TextConfig
 from tokjax.models.vit import ViTConfig
 from tokjax.pretrained import families
-from tokjax.pretrained.preprocess import HALF, IMAGENET_MEAN
+from tokjax.pretrained.families.base import ratio
+from tokjax.pretrained.families.dino import swiglu_width
+from tokjax.pretrained.preprocess import CLIP_MEAN, HALF, IMAGENET_MEAN, Naflex
 
 
 class Shapes(dict):
@@ -15,6 +19,12 @@ class Shapes(dict):
 
 
 NONE = Shapes()
+
+CLIP = {"pre_norm": True, "patch_bias": False, "norm_eps": 1e-5}
+SIGLIP = {"class_token": False, "gelu": "tanh"}
+MEAN = {"class_token": False, "pooling": "size_mean", "fc_norm": True}
+DINOV3 = {"image_size": (256, 256), "layer_scale": 1e-5, "norm_eps": 1e-5, "registers": 4, "pooling": "size_mean"}
+DINOV3 |= {"position": "rope"}
 
 
 @pytest.mark.parametrize(
@@ -28,10 +38,46 @@ NONE = Shapes()
         ("deit_small_patch16_224", ViTConfig()),
         ("deit_base_distilled_patch16_384", ViTConfig((384, 384), width=768, heads=12, distilled=True)),
         ("deit3_medium_patch16_224", ViTConfig(width=512, heads=8, layer_scale=1e-6, position_prefix=False)),
+        ("vit_giant_patch14_224", ViTConfig(patch_size=14, width=1408, depth=40, heads=16, mlp_ratio=48 / 11)),
+        ("vit_base_patch16_clip_224.laion2b", ViTConfig(width=768, heads=12, **CLIP)),
+        ("vit_large_patch14_clip_quickgelu_336", ViTConfig((336, 336), 14, 3, 1024, 24, 16, **CLIP, gelu="quick")),
+        ("vit_base_patch16_plus_clip_240", ViTConfig((240, 240), width=896, heads=14, **CLIP)),
+        # timm gives this one the exact GELU, its training had the tanh form.
+        ("vit_base_patch16_siglip_256.v2_webli", ViTConfig((256, 256), width=768, heads=12, **SIGLIP, pooling="map")),
+        ("vit_base_patch16_siglip_gap_224", ViTConfig(width=768, heads=12, **SIGLIP, pooling="size_mean")),
+        ("vit_small_patch14_dinov2", ViTConfig((518, 518), 14, layer_scale=1e-5)),
+        (
+            "vit_small_patch14_reg4_dinov2",
+            ViTConfig((518, 518), 14, layer_scale=1e-5, registers=4, position_prefix=False),
+        ),
+        (
+            "vit_medium_patch16_reg1_gap_256",
+            ViTConfig((256, 256), width=512, heads=8, registers=1, layer_scale=1e-5, **MEAN, position_prefix=False),
+        ),
+        ("vit_base_patch16_gap_224", ViTConfig(width=768, heads=16, **{**MEAN, "fc_norm": False})),
+        ("vit_small_patch16_dinov3", ViTConfig(**DINOV3, qkv_bias=False)),
+        ("vit_small_patch16_dinov3_qkvb.lvd1689m", ViTConfig(**DINOV3, key_bias=False)),
+        ("vit_small_plus_patch16_dinov3_qkvb", ViTConfig(**DINOV3, key_bias=False, mlp="swiglu")),
     ],
 )
 def test_architectures_of_timm(architecture, want):
-    assert families.TIMM.configure({"architecture": architecture}, NONE) == want
+    family = families.recognise({"architecture": architecture}, NONE)
+    assert (family is families.TIMM_EVA) == ("dinov3" in architecture)
+    assert family.configure({"architecture": architecture}, NONE) == want
+
+
+def test_arguments_of_dinov3_in_timm():
+    config = {
+        "architecture": "vit_small_patch16_dinov3",
+        "global_pool": "token",
+        "num_classes": 0,
+        "model_args": {"swiglu_mlp": True, "swiglu_align_to": 64, "mlp_ratio": 1.1, "num_reg_tokens": 2},
+    }
+    model = families.TIMM_EVA.configure(config, NONE)
+    assert (model.pooling, model.registers, int(model.width * model.mlp_ratio)) == ("cls", 2, 448)
+    for name, value in (("rope_type", "mixed"), ("use_abs_pos_emb", True)):
+        with pytest.raises(UserError, match=f"{name} = {value!r}"):
+            families.TIMM_EVA.configure({**config, "model_args": {name: value}}, NONE)
 
 
 def test_timms_arguments_go_over_published_facts_over_the_architecture():
@@ -103,7 +149,7 @@ def test_hugging_face_configurations():
 @pytest.mark.parametrize("width", [3, 7, 49, 384, 1152, 1408])
 def test_every_hidden_width_has_a_ratio(width):
     for hidden in range(1, 5 * width, 7):
-        assert int(width * families.ratio(width, hidden)) == hidden
+        assert int(width * ratio(width, hidden)) == hidden
 
 
 def timm_shapes(*, width=128, rows=17, **more):
@@ -115,7 +161,7 @@ def timm_shapes(*, width=128, rows=17, **more):
     }
     for i in range(11):
         shapes |= {f"blocks.{i}.norm1.weight": (width,), f"blocks.{i}.attn.qkv.bias": (3 * width,)}
-        shapes |= {f"blocks.{i}.mlp.fc1.weight": (4 * width, width)}
+        shapes |= {f"blocks.{i}.mlp.fc1.weight": (4 * width, width), f"blocks.{i}.mlp.fc2.weight": (width, 4 * width)}
     return Shapes({name: shape for name, shape in {**shapes, **more}.items() if shape})
 
 
@@ -131,6 +177,14 @@ NAMED = {
     "DeiT-3": ({"blocks.0.ls1.gamma": (128,), "rows": 16}, {"layer_scale": 1e-6, "position_prefix": False}),
     "registers, a row each": ({"reg_token": (1, 4, 128), "rows": 21}, {"registers": 4}),
     "registers, no rows": ({"reg_token": (1, 4, 128), "rows": 16}, {"registers": 4, "position_prefix": False}),
+    "a packed gate": (
+        {f"blocks.{i}.mlp.fc1.weight": (8 * 128, 128) for i in range(11)},
+        {"mlp": "swiglu"},
+    ),
+    "an attention pool": (
+        {"cls_token": None, "rows": 16, "attn_pool.latent": (1, 1, 128)},
+        {"class_token": False, "pooling": "map", "gelu": "tanh", "position_prefix": False},
+    ),
     "without CLS": (
         {"cls_token": None, "rows": 16},
         {"class_token": False, "pooling": "size_mean", "position_prefix": False},
@@ -152,7 +206,7 @@ def test_names_alone_can_be_too_little():
         families.TIMM.configure({}, timm_shapes(width=96))
     with pytest.raises(UserError, match="no square"):
         families.TIMM.configure({}, timm_shapes(rows=19))
-    with pytest.raises(UserError, match=r"pos_embed with 3 axes"):
+    with pytest.raises(UserError, match=r"pos_embed with 2 or 3 axes"):
         families.TIMM.configure({}, timm_shapes(pos_embed=None))
 
 
@@ -165,6 +219,18 @@ def test_names_alone_can_be_too_little():
         ({}, {"vit.embeddings.patch_embeddings.projection.weight": ()}, "vit"),
         ({}, {"embeddings.patch_embeddings.projection.weight": ()}, "vit"),
         ({}, {"vit.embeddings.patch_embeddings.projection.weight": (), "decoder.mask_token": ()}, "vit_mae"),
+        ({"model_type": "siglip2"}, {"text_model.head.bias": ()}, "siglip2"),
+        ({"model_type": "siglip2"}, {"vision_model.head.probe": ()}, "siglip2_vision_model"),
+        ({"model_type": "clip"}, {"vision_model.post_layernorm.bias": ()}, "clip_vision_model"),
+        ({"model_type": "dinov2_with_registers"}, {}, "dinov2_with_registers"),
+        ({"architecture": "vit_base_patch16_dinov3.lvd1689m"}, {}, "timm_eva"),
+        ({}, {"opt/target/embedding/kernel": ()}, "augreg"),
+        ({}, {"visual.class_embedding": ()}, "openai_clip"),
+        ({"model_cfg": {}}, {"visual.trunk.patch_embed.proj.weight": ()}, "open_clip"),
+        ({}, {"patch_embed.proj.weight": (), "storage_tokens": ()}, "dinov3_upstream"),
+        ({}, {"patch_embed.proj.weight": (), "register_tokens": ()}, "dinov2_upstream_registers"),
+        ({}, {"patch_embed.proj.weight": (), "blocks.0.ls1.gamma": (), "mask_token": ()}, "dinov2_upstream"),
+        ({}, {"patch_embed.proj.weight": (), "decoder_pos_embed": (), "mask_token": ()}, "timm"),
         (
             {},
             {"deit.embeddings.patch_embeddings.projection.weight": (), "deit.embeddings.distillation_token": ()},
@@ -179,7 +245,7 @@ def test_recognises(config, tensors, want):
 def test_what_is_not_recognised_is_told_what_would_be():
     with pytest.raises(UserError, match=r"'swin'.*known are vit, deit, vit_mae"):
         families.recognise({"model_type": "swin"}, NONE)
-    with pytest.raises(UserError, match=r"timm, vit, deit, vit_mae.*conv1\.weight"):
+    with pytest.raises(UserError, match=r"timm, timm_eva, vit, deit.*conv1\.weight"):
         families.recognise({}, Shapes({"conv1.weight": (1,)}))
 
 
@@ -217,7 +283,7 @@ def test_one_head_of_deit_is_the_mean_of_two():
 
     weight = np.random.default_rng(0).standard_normal((5, 8), dtype=np.float32)
     stored = Stored({"deit.layernorm.bias": np.zeros(8), "classifier.weight": weight, "classifier.bias": weight[:, 0]})
-    view = families.HF_DEIT.view(stored)
+    view = families.HF_DEIT.view({}, stored)
     assert "classifier.weight" not in view
     assert view.shape("cls_classifier.weight") == (5, 8)
     for part, value in (("weight", weight), ("bias", weight[:, 0])):
@@ -228,3 +294,120 @@ def test_one_head_of_deit_is_the_mean_of_two():
 
 DEIT = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 DEIT |= {"image_size": 32, "patch_size": 8, "num_channels": 3}
+
+
+CLIP_FILE = {"architectures": ["CLIPModel"], "model_type": "clip"}
+
+
+def clip_shapes(text=64, image=128):
+    """A CLIP of Hugging Face with one block in each tower."""
+    shapes = {"logit_scale": (), "visual_projection.weight": (32, image), "text_projection.weight": (32, text)}
+    shapes["vision_model.embeddings.patch_embedding.weight"] = (image, 3, 8, 8)
+    shapes["text_model.embeddings.token_embedding.weight"] = (50, text)
+    shapes["text_model.embeddings.position_embedding.weight"] = (9, text)
+    for tower, width, last in (("vision", image, "post_layernorm"), ("text", text, "final_layer_norm")):
+        shapes[f"{tower}_model.{last}.weight"] = (width,)
+        shapes[f"{tower}_model.encoder.layers.0.layer_norm1.weight"] = (width,)
+        shapes[f"{tower}_model.encoder.layers.0.mlp.fc2.weight"] = (width, 2 * width)
+    return Shapes(shapes)
+
+
+def test_silent_configurations_of_two_towers_take_the_tensors_sizes_and_the_librarys_defaults():
+    """Published SigLIP files state only what differs from the base model."""
+    config = {**CLIP_FILE, "text_config": {"eos_token_id": 2}, "vision_config": {"num_attention_heads": 2, "image_size": 32}}
+    model = families.HF_CLIP.configure(config, clip_shapes())
+    fields = {"width": 128, "depth": 1, "heads": 2, "mlp_ratio": 2.0, "num_classes": 32, "gelu": "quick"}
+    vision = ViTConfig((32, 32), 8, **fields, **CLIP, head_bias=False)
+    text = TextConfig(50, 9, 64, 1, 8, 2.0, eos_id=None, embed_dim=32)
+    assert model == DualConfig(vision, text, 2.6592)
+    config["text_config"] = {"eos_token_id": 49, "hidden_act": "gelu"}
+    model = families.HF_CLIP.configure(config, clip_shapes())
+    assert (model.text.eos_id, model.text.gelu, model.vision.gelu) == (49, "exact", "quick")
+
+
+def test_old_files_repeat_a_tower_under_another_key():
+    config = {**CLIP_FILE, "text_config": None, "text_config_dict": {"eos_token_id": 2, "num_attention_heads": 4}}
+    config["vision_config_dict"] = {"image_size": 64}
+    model = families.HF_CLIP.configure(config, clip_shapes(image=96))
+    assert (model.text.heads, model.text.eos_id, model.vision.image_size) == (4, None, (64, 64))
+
+
+def openai_shapes(**more):
+    shapes = {"visual.class_embedding": (128,), "visual.conv1.weight": (128, 3, 8, 8), "visual.proj": (128, 32)}
+    shapes |= {"visual.positional_embedding": (17, 128), "positional_embedding": (9, 64), "text_projection": (64, 32)}
+    shapes |= {"visual.ln_post.weight": (128,), "ln_final.weight": (64,), "token_embedding.weight": (50, 64)}
+    for prefix, width in (("visual.", 128), ("", 64)):
+        block = f"{prefix}transformer.resblocks.0"
+        shapes |= {f"{block}.ln_1.weight": (width,), f"{block}.mlp.c_proj.weight": (width, 4 * width)}
+    return Shapes({**shapes, **more})
+
+
+def test_whose_clip_it_is_decides_the_activation():
+    archive = families.OPENAI_CLIP.configure({}, openai_shapes(input_resolution=()))
+    assert (archive.vision.heads, archive.text.heads, archive.vision.image_size) == (2, 1, (32, 32))
+    assert archive.vision.gelu == archive.text.gelu == "quick"
+    assert archive.logit_bias is None
+    stated = {"quick_gelu": False, "vision_heads": 4, "text_heads": 8}
+    lone = families.OPENAI_CLIP.configure(stated, openai_shapes())
+    assert (lone.vision.heads, lone.text.heads, lone.vision.gelu) == (4, 8, "exact")
+    with pytest.raises(UserError, match="quick_gelu"):
+        families.OPENAI_CLIP.configure({}, openai_shapes())
+    cfg = {"embed_dim": 32, "vision_cfg": {"image_size": 32, "head_width": 32}, "text_cfg": {"heads": 2}}
+    open_clip = families.OPENAI_CLIP.configure({"model_cfg": cfg}, openai_shapes(logit_bias=()))
+    assert (open_clip.vision.heads, open_clip.text.heads, open_clip.logit_bias) == (4, 2, -10.0)
+    assert open_clip.text.gelu == "exact"
+    for tower, key in (("vision_cfg", "attentional_pool"), ("text_cfg", "no_causal_mask"), ("vision_cfg", "pos_embed")):
+        wrong = {**cfg, tower: {**cfg[tower], key: True}}
+        with pytest.raises(UserError, match=key):
+            families.OPENAI_CLIP.configure({"model_cfg": wrong}, openai_shapes())
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "message"),
+    [
+        ("dinov2", {"architectures": ["Dinov2ForImageClassification"]}, "CLS and the mean patch"),
+        ("dinov3_vit", {"value_bias": False}, "value_bias = False"),
+        ("dinov3_vit", {"mlp_bias": False}, "mlp_bias"),
+        ("dinov3_vit", {"use_gated_mlp": True, "hidden_act": "gelu"}, "use_gated_mlp"),
+        ("dinov3_vit", {"hidden_act": "silu"}, "hidden_act = 'silu'"),
+        ("open_clip", {}, "open_clip_config.json"),
+        ("open_clip", {"model_cfg": {"vision_cfg": {"timm_proj": "linear"}}}, "timm_proj"),
+    ],
+)
+def test_what_is_refused_says_why(family, config, message):
+    with pytest.raises(UserError, match=message):
+        families.FAMILIES[family].configure(config, NONE)
+
+
+def test_the_hidden_width_of_a_gated_mlp():
+    assert swiglu_width(1536, 4) == 4096  # DINOv2 giant
+    assert swiglu_width(8, 2) == 16
+
+
+def test_sizes_without_whole_patches_are_cut():
+    model = families.TIMM.configure({"architecture": "vit_so400m_patch14_siglip_384"}, NONE)
+    assert model.image_size == (378, 378)
+
+
+def test_preprocessing_of_towers():
+    clip = images(families.HF_CLIP, {})
+    assert (clip.resize, clip.resize_to, clip.crop, clip.mean) == ("short", 224, True, CLIP_MEAN)
+    assert images(families.OPENAI_CLIP, {}).crop_rule == "torchvision"
+    siglip = images(families.HF_SIGLIP, {}, (384, 384))
+    assert (siglip.resize, siglip.resize_to, siglip.filter, siglip.mean) == ("square", 384, "bicubic", HALF)
+    naflex = images(families.HF_SIGLIP2, {}, class_token=False, pooling="map", position="naflex")
+    assert naflex == Naflex(16)
+    dinov2 = images(families.HF_DINOV2, {})
+    assert (dinov2.resize, dinov2.resize_to, dinov2.mean) == ("short", 256, IMAGENET_MEAN)
+    dinov3 = images(families.HF_DINOV3, {})
+    assert (dinov3.resize, dinov3.filter, dinov3.float_resize) == ("square", "bilinear", True)
+    augreg = images(families.AUGREG, {})
+    assert (augreg.resize_to, augreg.mean) == (248, HALF)
+    for name, mean, resize in (
+        ("vit_base_patch16_clip_224", CLIP_MEAN, 248),
+        ("vit_large_patch14_clip_224", CLIP_MEAN, 224),
+        ("vit_base_patch16_siglip_224", HALF, 248),
+        ("vit_small_patch14_dinov2", IMAGENET_MEAN, 224),
+    ):
+        made = images(families.TIMM, {"architecture": name})
+        assert (made.mean, made.resize_to) == (mean, resize)

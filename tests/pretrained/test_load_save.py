@@ -1,21 +1,26 @@
 import collections
 import dataclasses
 import json
+import math
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from tokjax.errors import UserError
 from tokjax.models import layers
+from tokjax.models.dual import DualConfig
+from tokjax.models.text import TextConfig
 from tokjax.models.vit import ViT, ViTConfig
 from tokjax.pretrained import Preprocess, files, load_checkpoint, save_checkpoint
 from tokjax.pretrained import preprocess as pp
+from tokjax.pretrained.checkpoint import shapes, vision_of
+from tokjax.pretrained.naflex import Naflex
 from tokjax.pretrained.positions import resize_positions
-from tokjax.pretrained.checkpoint import shapes
 
 TINY = ViTConfig((16, 16), 8, width=8, depth=2, heads=2, mlp_ratio=2.0, num_classes=5)
 
@@ -34,8 +39,65 @@ def assert_same(tree, other):
     jax.tree.map(np.testing.assert_array_equal, tree, other)
 
 
+CLIP = tiny(pre_norm=True, patch_bias=False, norm_eps=1e-5, gelu="quick", head_bias=False)
+CLIP_TEXT = TextConfig(20, 6, 8, 3, 4, 3.0, embed_dim=5)
+SIGLIP = tiny(class_token=False, pooling="map", gelu="tanh", num_classes=0)
+SIGLIP_TEXT = TextConfig(
+    20, 6, 8, 2, 4, 2.0, causal=False, pooling="last", norm_eps=1e-6, gelu="tanh", embed_dim=8, head_bias=True
+)
+NAFLEX = dataclasses.replace(SIGLIP, position="naflex", image_size=(32, 32))
+SIGLIP_LOGITS = {"logit_scale": math.log(10), "logit_bias": -10.0}
+DINO = tiny(layer_scale=1.0, num_classes=0)
+DINOV3 = dataclasses.replace(DINO, position="rope", registers=2, key_bias=False, norm_eps=1e-5)
+
+# Name -> (config, the form that "hf" gives it, that of "timm", whether these libraries' keys alone tell it all).
+TOWERS = {
+    "CLIP": (DualConfig(CLIP, CLIP_TEXT, 2.5), "clip", "clip", True),
+    "CLIP with a known end": (
+        DualConfig(CLIP, dataclasses.replace(CLIP_TEXT, eos_id=19, gelu="exact")),
+        "clip",
+        "clip",
+        True,
+    ),
+    "CLIP's image tower": (CLIP, "clip_vision_model", "timm", False),
+    "CLIP's image tower without its projection": (
+        dataclasses.replace(CLIP, num_classes=0),
+        "clip_vision_model",
+        "timm",
+        False,
+    ),
+    "SigLIP": (DualConfig(SIGLIP, SIGLIP_TEXT, **SIGLIP_LOGITS), "siglip", "siglip", True),
+    "SigLIP's image tower": (SIGLIP, "siglip_vision_model", "timm", True),
+    "SigLIP with a classifier": (dataclasses.replace(SIGLIP, num_classes=3), "timm", "timm", True),
+    "NaFlex": (DualConfig(NAFLEX, SIGLIP_TEXT, **SIGLIP_LOGITS), "siglip2", "siglip2", True),
+    "NaFlex's image tower": (NAFLEX, "siglip2_vision_model", "siglip2_vision_model", True),
+    "DINOv2": (DINO, "dinov2", "timm", True),
+    "DINOv2 gated": (
+        dataclasses.replace(DINO, mlp="swiglu", width=16, mlp_ratio=1.5, qkv_bias=False),
+        "dinov2",
+        "timm",
+        True,
+    ),
+    "DINOv2 with registers": (dataclasses.replace(DINO, registers=3), "dinov2_with_registers", "timm", True),
+    "DINOv3": (DINOV3, "dinov3_vit", "timm_eva", True),
+    "DINOv3 gated": (dataclasses.replace(DINOV3, mlp="swiglu", mlp_ratio=1.5), "dinov3_vit", "timm_eva", True),
+    "DINOv3 without biases": (
+        dataclasses.replace(DINOV3, qkv_bias=False, key_bias=True, rope_base=50.0),
+        "dinov3_vit",
+        "timm_eva",
+        True,
+    ),
+    "DINOv3 as timm pools it": (dataclasses.replace(DINOV3, pooling="size_mean"), "timm_eva", "timm_eva", True),
+    "two towers of no library": (
+        DualConfig(dataclasses.replace(DINOV3, num_classes=8), SIGLIP_TEXT, logit_bias=1.0),
+        "open_clip",
+        "open_clip",
+        False,
+    ),
+}
+
 # Name -> (config, the form that "hf" gives it, whether timm's and Hugging Face's keys alone tell it all).
-CONFIGS = {
+PLAIN = {
     "plain": (tiny(), "vit", True),
     "backbone": (tiny(num_classes=0, norm_eps=1e-12), "vit", True),
     "rectangle": (tiny(image_size=(32, 16), qkv_bias=False, gelu="tanh"), "vit", True),
@@ -57,18 +119,24 @@ CONFIGS = {
 }
 
 
+CONFIGS = {name: (config, form, "timm", told) for name, (config, form, told) in PLAIN.items()} | TOWERS
+
+
 @pytest.mark.parametrize("family", ["hf", "timm"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_everything_comes_back_bit_for_bit(tmp_path, name, family):
-    config, form, _ = CONFIGS[name]
+    config, *forms, _ = CONFIGS[name]
     params = random_params(config)
-    preprocess = None if config.channels == 1 else pp.timm_eval(config.image_size)
+    vision = vision_of(config)
+    preprocess = None if vision.channels == 1 else pp.timm_eval(vision.image_size)
+    if vision.position == "naflex":
+        preprocess = Naflex(vision.patch_size, 5)
     save_checkpoint(tmp_path / "new" / "folder", config, params, preprocess, family)
     loaded = load_checkpoint(tmp_path / "new" / "folder")
     assert loaded.config == config
     assert loaded.preprocess == preprocess
     assert_same(loaded.params, params)
-    assert loaded.source["format"] == (form if family == "hf" else "timm")
+    assert loaded.source["format"] == forms[family == "timm"]
 
     written = (tmp_path / "new" / "folder" / "model.safetensors").read_bytes()
     save_checkpoint(tmp_path / "again", loaded.config, loaded.params, loaded.preprocess, loaded.family)
@@ -76,7 +144,7 @@ def test_everything_comes_back_bit_for_bit(tmp_path, name, family):
 
 
 @pytest.mark.parametrize("family", ["hf", "timm"])
-@pytest.mark.parametrize("name", [name for name, (_, _, told) in CONFIGS.items() if told])
+@pytest.mark.parametrize("name", [name for name, (*_, told) in CONFIGS.items() if told])
 def test_the_keys_of_the_other_libraries_tell_the_model(tmp_path, name, family):
     config, params = CONFIGS[name][0], random_params(CONFIGS[name][0])
     save_checkpoint(tmp_path, config, params, family=family)
@@ -90,7 +158,7 @@ def test_the_keys_of_the_other_libraries_tell_the_model(tmp_path, name, family):
 
 
 def test_the_tree_is_the_models():
-    for config, *_ in CONFIGS.values():
+    for config, *_ in PLAIN.values():
         model = nnx.eval_shape(lambda config=config: ViT(config, rngs=nnx.Rngs(0)))
         want = jax.tree.map(lambda leaf: leaf.shape, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
         assert jax.tree.map(lambda leaf: leaf.shape, shapes(config)) == want
@@ -101,11 +169,104 @@ def test_stacked_blocks_of_any_float_type_are_written(tmp_path):
     params = random_params(config)
     stacked = {**params, "blocks": layers.stack(params["blocks"])}
     save_checkpoint(tmp_path, config, jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), stacked))
+    rounded = jax.tree.map(lambda leaf: np.asarray(jnp.asarray(leaf, jnp.bfloat16), np.float32), params)
     loaded = load_checkpoint(tmp_path)
+    assert loaded.config == tiny(scan=False)
+    assert_same(loaded.params, rounded)
+    loaded = load_checkpoint(tmp_path, scan=True)
     assert loaded.config == config
-    assert_same(
-        loaded.params, jax.tree.map(lambda leaf: np.asarray(jnp.asarray(leaf, jnp.bfloat16), np.float32), params)
+    assert_same(loaded.params, {**rounded, "blocks": layers.stack(rounded["blocks"])})
+
+
+def test_both_towers_can_be_stacked_and_every_array_is_placed(tmp_path):
+    config = DualConfig(CLIP, CLIP_TEXT)
+    params = random_params(config)
+    both = {
+        **params,
+        **{t: {**params[t], "blocks": layers.stack(params[t]["blocks"])} for t in ("vision", "text")},
+    }
+    stacked = dataclasses.replace(
+        config, **{t: dataclasses.replace(getattr(config, t), scan=True) for t in ("vision", "text")}
     )
+    save_checkpoint(tmp_path, stacked, both)
+    placed = {}
+
+    def place(path, array):
+        assert array.dtype == np.float32
+        placed[path] = array.shape
+        return jnp.asarray(array)
+
+    loaded = load_checkpoint(tmp_path, scan=True, dtype="bfloat16", place=place)
+    assert loaded.config.text.scan
+    assert loaded.config.vision.dtype == loaded.config.text.dtype == "bfloat16"
+    assert_same(loaded.params, both)
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(loaded.params))
+    assert placed["text", "blocks", "attn", "qkv", "kernel"] == (3, 8, 24)
+    assert len(placed) == len(jax.tree.leaves(loaded.params))
+
+
+def test_another_image_size_is_for_the_image_tower(tmp_path):
+    config = DualConfig(CLIP, CLIP_TEXT)
+    params = random_params(config)
+    save_checkpoint(tmp_path / "clip", config, params, pp.clip_eval((16, 16)))
+    loaded = load_checkpoint(tmp_path / "clip", image_size=(32, 24))
+    assert loaded.config.vision.image_size == loaded.preprocess.size == (32, 24)
+    want = resize_positions(params["vision"]["pos_embed"], 1, (2, 2), (4, 3), "bicubic", antialias=False)
+    np.testing.assert_array_equal(loaded.params["vision"]["pos_embed"], want)
+    np.testing.assert_array_equal(loaded.params["text"]["pos_embed"], params["text"]["pos_embed"])
+
+    save_checkpoint(tmp_path / "rope", DINOV3, random_params(DINOV3))
+    assert load_checkpoint(tmp_path / "rope", image_size=24).config.grid == (3, 3)
+    save_checkpoint(tmp_path / "naflex", NAFLEX, random_params(NAFLEX))
+    with pytest.raises(ValueError, match="any size"):
+        load_checkpoint(tmp_path / "naflex", image_size=24)
+
+
+def test_transformers_saves_a_tower_alone_without_its_prefix(tmp_path):
+    for name, config in (("clip", CLIP), ("siglip", SIGLIP)):
+        config = dataclasses.replace(config, num_classes=0)
+        params = random_params(config)
+        save_checkpoint(tmp_path / name, config, params)
+        tensors = load_file(tmp_path / name / "model.safetensors")
+        assert all(tensor.startswith("vision_model.") for tensor in tensors)
+        stripped = {tensor.removeprefix("vision_model."): value for tensor, value in tensors.items()}
+        save_file(stripped, tmp_path / name / "model.safetensors")
+        assert_same(load_checkpoint(tmp_path / name).params, params)
+
+
+def test_tensors_that_other_libraries_expect_are_written_as_zeros(tmp_path):
+    for name, config, tensor, shape in (
+        ("hf", dataclasses.replace(DINO, registers=3), "embeddings.mask_token", (1, 8)),
+        ("hf", DINOV3, "embeddings.mask_token", (1, 1, 8)),
+        ("timm", CLIP, "head.bias", (5,)),
+    ):
+        save_checkpoint(tmp_path, config, random_params(config), family=name)
+        np.testing.assert_array_equal(load_file(tmp_path / "model.safetensors")[tensor], np.zeros(shape))
+        assert load_checkpoint(tmp_path).config == config
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int64, ml_dtypes.float8_e4m3fn])
+def test_quantised_weights_are_refused(tmp_path, dtype):
+    def edit(tensors):
+        tensors["classifier.weight"] = tensors["classifier.weight"].astype(dtype)
+
+    with pytest.raises(
+        UserError, match=r"classifier\.weight has the wrong dtype: \w+; .* one of float16"
+    ):
+        load_checkpoint(edited(tmp_path, edit))
+
+
+def test_half_a_file_of_two_towers_lists_what_is_missing(tmp_path):
+    config = DualConfig(CLIP, CLIP_TEXT)
+    save_checkpoint(tmp_path, config, random_params(config))
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["text_projection.weight"], tensors["text_model.encoder.layers.1.self_attn.k_proj.weight"]
+    tensors["text_model.encoder.layers.1.self_attn.qkv.weight"] = np.zeros((8, 8), np.float32)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(UserError) as error:
+        load_checkpoint(tmp_path)
+    assert "issing: text_model.encoder.layers.1.self_attn.k_proj.weight, text_projection.weight" in str(error.value)
+    assert "unexpected: text_model.encoder.layers.1.self_attn.qkv.weight" in str(error.value)
 
 
 def test_names_that_transformers_and_timm_read(tmp_path):
@@ -260,10 +421,12 @@ def test_positions_of_registers_are_not_lost_in_silence(tmp_path):
     config = tiny(registers=3)
     save_checkpoint(tmp_path, config, random_params(config), family="timm")
     tensors = load_file(tmp_path / "model.safetensors")
-    tensors["pos_embed"][0, 2] = 1
+    tensors["pos_embed"][0, 2] = 1  # the row of the second register
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match="rows for the registers"):
-        load_checkpoint(tmp_path)
+    loaded = load_checkpoint(tmp_path).params
+    np.testing.assert_array_equal(loaded["reg_token"][0, 1], tensors["reg_token"][0, 1] + 1)
+    np.testing.assert_array_equal(loaded["reg_token"][0, ::2], tensors["reg_token"][0, ::2])
+    np.testing.assert_array_equal(loaded["pos_embed"], np.delete(tensors["pos_embed"], [1, 2, 3], 1))
 
 
 def test_params_that_are_not_the_configs_are_listed(tmp_path):
