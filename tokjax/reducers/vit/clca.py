@@ -1,0 +1,278 @@
+"""CLCA: a cache of summaries of earlier blocks around any reducer, and a head that reads CLS at several depths.
+
+Paper:  Rios et al., "Cross-Layer Cache Aggregation for Token Reduction in Ultra-Fine-Grained Image Recognition",
+        ICASSP 2025 (arXiv 2501.00243).
+Source: arkel23/CLCA, `models/{vit,evit,topk,tome}.py`; there the head is `ifa_head`, the cache `clc`, its carriers
+        `clr`.
+Kind:   a wrapper: what is inside reduces, the cache lets the sequence grow again; learned (head and carriers);
+        static lengths.
+Needs:  what the reducer inside needs.
+
+Cross-layer cache: every block leaves the mean of its patch tokens, and the carriers (learned tokens at the end of the
+sequence) as they are now. After a block that reduces, all that was cached is put behind the sequence, so that what
+was removed comes back as a few tokens. Cross-layer aggregation: CLS after each of these blocks and after the last one,
+without the final norm, runs through batch norm, a convolution over depth for each channel, batch norm, GELU and a
+linear layer, in place of the model's own head.
+
+Where we follow the code against the text:
+- The cache also comes back after block L - 2, where nothing is reduced (`recover_at_last`).
+- Behind a recovery the last tokens of the sequence are cached ones, and these are cached as carriers from then on; the
+  mean stays one over the tokens that the reduction left, without those that came back.
+- Carriers and what came back are reduced like patches (the published DPC-KNN alone sets them aside); only CLS, here
+  the whole prefix, is not.
+- Counts of the reducer inside are those of the published code: EViT and Top-K keep a share of the tokens at hand, ToMe
+  goes down to int(patches * keep_rate**(j+1)) patches at location j.
+
+Where we decide:
+- A carrier and its position vector are one parameter, drawn like a position vector; published training starts it as
+  a copy of CLS.
+- An empty cache (nothing was cached before the first reduction) brings nothing back; the published code fails.
+- Running statistics of the batch norms are read, not updated: `Head.moments` has what a training step needs.
+- Without prefix tokens the mean over all tokens stands for CLS. Padded rows take means over valid tokens.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+from typing import Any
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from tokjax import schedules
+from tokjax.hooks import Hook, Logits, ModelInfo, Reducer
+from tokjax.signals import Signals
+from tokjax.token_map import Plan, rows
+from tokjax.tokens import Tokens, concat
+
+Moments = tuple[Float[Array, "C"], Float[Array, "C"]]
+
+
+class BatchNorm(nnx.Module):
+    """Over all axes but the second; running statistics get no gradient."""
+
+    def __init__(self, width: int, eps: float = 1e-5):
+        self.eps = eps
+        self.scale, self.bias = nnx.Param(jnp.ones(width)), nnx.Param(jnp.zeros(width))
+        self.mean, self.var = nnx.BatchStat(jnp.zeros(width)), nnx.BatchStat(jnp.ones(width))
+
+    def __call__(self, x: Float[Array, "B C *T"], batch: bool = False) -> Float[Array, "B C *T"]:
+        """`batch`: by the statistics of this batch, as in training."""
+        axes, shape = (0, *range(2, x.ndim)), (-1,) + (1,) * (x.ndim - 2)
+        running = jax.lax.stop_gradient((self.mean[...], self.var[...]))
+        mean, var = (x.mean(axes), x.var(axes)) if batch else running
+        x = (x - mean.reshape(shape)) * jax.lax.rsqrt(var.reshape(shape) + self.eps)
+        return x * self.scale[...].reshape(shape) + self.bias[...].reshape(shape)
+
+
+class Head(nnx.Module):
+    """A classifier of T vectors of C channels, taken at different depths."""
+
+    def __init__(self, width: int, depths: int, classes: int, expand: int, *, rngs: nnx.Rngs):
+        init = nnx.initializers.lecun_normal(in_axis=2, out_axis=1, batch_axis=0)
+        self.norm1, self.norm2 = BatchNorm(width), BatchNorm(width * expand)
+        self.over_depth = nnx.Param(init(rngs.params(), (width, expand, depths)))
+        self.bias = nnx.Param(jnp.zeros((width, expand)))
+        self.out = nnx.Linear(width * expand, classes, dtype=jnp.float32, rngs=rngs)
+
+    def __call__(self, cls: Float[Array, "B C T"], batch: bool = False) -> Float[Array, "B K"]:
+        """`batch`: normalised by the statistics of this batch, as in training."""
+        mixed = self._mixed(cls, batch)
+        return self.out(jax.nn.gelu(self.norm2(mixed, batch), approximate=False))
+
+    def moments(self, cls: Float[Array, "B C T"]) -> tuple[Moments, Moments]:
+        """Mean and unbiased variance of this batch in both norms, for running statistics (published momentum 0.1)."""
+
+        def of(x: Array) -> Moments:
+            axes = (0, *range(2, x.ndim))
+            return x.mean(axes), x.var(axes, ddof=1)
+
+        return of(cls.astype(jnp.float32)), of(self._mixed(cls, batch=True))
+
+    def _mixed(self, cls: Array, batch: bool) -> Float[Array, "B C*k"]:
+        x = self.norm1(cls.astype(jnp.float32), batch)
+        mixed = jnp.einsum("bct,ckt->bck", x, self.over_depth[...], precision="highest") + self.bias[...]
+        return mixed.reshape(len(x), -1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """What happens behind one block.
+
+    Attributes:
+        recover: whether what was cached is put behind the sequence.
+        store: whether this block leaves something in the cache.
+        behind: tokens at the end that came back, or carriers, and do not count as patches; of blocks that do not
+            recover.
+        gap: whether the mean of the patches is cached.
+        carriers: tokens at the end that are cached.
+    """
+
+    recover: bool
+    store: bool
+    behind: int
+    gap: bool
+    carriers: int
+
+    def plan(self, tokens: Tokens, signals: Signals) -> Plan | None:
+        cached, append, behind = tokens.carry.get("clca"), None, self.behind
+        if self.recover:
+            append = None if cached is None else Tokens(cached)
+            tokens, behind = (tokens, 0) if append is None else (concat(tokens, append), append.length)
+            cached = None
+        if not self.store:
+            return Plan(append=append, carry={"clca": None}) if self.recover else None
+        parts = [] if cached is None else [cached]
+        if self.gap:
+            parts.append(mean(tokens, slice(tokens.prefix, tokens.length - behind)))
+        if self.carriers:
+            parts.append(last(tokens, self.carriers))
+        return Plan(append=append, carry={"clca": jnp.concatenate(parts, 1)})
+
+
+def mean(tokens: Tokens, part: slice) -> Float[Array, "B 1 C"]:
+    """Of the valid tokens among these; zero where there are none."""
+    x = tokens.x[:, part].astype(jnp.float32)
+    if tokens.valid is None:
+        return x.mean(1, keepdims=True).astype(tokens.x.dtype)
+    valid = tokens.valid[:, part, None]
+    total = jnp.where(valid, x, 0).sum(1, keepdims=True)
+    return (total / jnp.maximum(valid.sum(1, keepdims=True), 1)).astype(tokens.x.dtype)
+
+
+def last(tokens: Tokens, number: int) -> Float[Array, "B number C"]:
+    """The last valid tokens."""
+    if tokens.valid is None:
+        return tokens.x[:, -number:]
+    place = jnp.argsort(~tokens.valid, axis=-1, stable=True)
+    at = jnp.maximum(tokens.count()[:, None] - number + jnp.arange(number), 0)
+    return rows(tokens.x, jnp.take_along_axis(place, at, 1))
+
+
+class CLCA(nnx.Module):
+    """A reducer with a cache around it, and the head.
+
+    Args:
+        info: of the model; a head needs its number of classes.
+        reducer: registered name of what reduces; None: nothing does, the cache only adds tokens.
+        keep_rate: of the reducer inside, if it has one; ToMe's counts follow from it.
+        layers: where the reducer inside reduces and the cache comes back; None: three evenly spread blocks (the
+            paper's 3, 6, 9 of 12), or all of those where a reducer with its own `settings` reduces.
+        settings: of the reducer inside, beside or in place of keep_rate and layers.
+        cache: whether there is a cache.
+        gap: whether the mean of the patches is cached.
+        num_clr: number of carriers; the paper's commands have 1.
+        recover_at_last: whether the cache comes back after block L - 2 too.
+        head: whether CLS at several depths is classified in place of the model's own head.
+        expand: channels of the head for every channel of the model.
+        seed: of the parameters.
+
+    Raises:
+        ValueError: a cache with nothing in it, carriers without a cache, a head for a model without classes, or
+            settings that the reducer inside refuses.
+    """
+
+    def __init__(
+        self,
+        info: ModelInfo,
+        *,
+        reducer: str | None = "evit",
+        keep_rate: float = 0.7,
+        layers: tuple[int, ...] | None = None,
+        settings: Mapping[str, Any] | None = None,
+        cache: bool = True,
+        gap: bool = True,
+        num_clr: int = 0,
+        recover_at_last: bool = True,
+        head: bool = True,
+        expand: int = 2,
+        seed: int = 0,
+    ):
+        if num_clr < 0 or (num_clr and not cache):
+            raise ValueError(f"num_clr={num_clr}: must be at least 0, and 0 with cache=False")
+        if cache and not gap and not num_clr:
+            raise ValueError("gap=False, num_clr=0: leave nothing to cache; set one of them, or cache=False")
+        if head and not info.classes:
+            raise ValueError("head=True: needs a model with classes; this one gives features")
+        if expand < 1:
+            raise ValueError(f"expand={expand}: must be at least 1")
+        self.inner = None if reducer is None else inside(info, reducer, keep_rate, layers, settings or {})
+        if self.inner is None or layers is not None:
+            self.layers = schedules.at_layers(layers, info.depth)
+        else:
+            reducing = {hook.layer for hook in self.inner.hooks(info)}
+            self.layers = tuple(sorted(reducing)) or schedules.at_layers(None, info.depth)
+        self.cache, self.gap, self.num_clr, self.recover_at_last = cache, gap, num_clr, recover_at_last
+        self.depths = tuple(sorted({*self.layers, info.depth - 1}))  # where the head reads
+        rngs = nnx.Rngs(seed)
+        if num_clr:
+            self.clr = nnx.Param(0.02 * jax.random.normal(rngs.params(), (1, num_clr, info.width)))
+        self.head = Head(info.width, len(self.depths), info.classes, expand, rngs=rngs) if head else None
+
+    def hooks(self, info: ModelInfo) -> list[Hook]:
+        """Those of the reducer inside, and behind every block its cache."""
+        hooks = [Hook("input", 0, self, "carriers")] if self.num_clr else []
+        hooks += [] if self.inner is None else self.inner.hooks(info)
+        if self.cache:
+            hooks += self._caches(info)
+        return [*hooks, Hook("readout", 0, self, "readout")] if self.head is not None else hooks
+
+    def _caches(self, info: ModelInfo) -> list[Hook]:
+        recover = {*self.layers, max(info.depth - 2, 0)} if self.recover_at_last else set(self.layers)
+        hooks, behind, cached = [], self.num_clr, 0
+        for layer in range(max(recover) + 1):
+            store = layer < max(recover)
+            hooks.append(Hook("after_block", layer, Cache(layer in recover, store, behind, self.gap, self.num_clr)))
+            if layer in recover:
+                behind, cached = cached, 0
+            cached += store * (self.gap + self.num_clr)
+        return hooks
+
+    def carriers(self, tokens: Tokens, signals: Signals) -> Plan:
+        """Step 1: carriers at the end of the sequence."""
+        clr = self.clr[...].astype(tokens.x.dtype)
+        return Plan(append=Tokens(jnp.broadcast_to(clr, (tokens.batch, *clr.shape[1:]))))
+
+    def read(self, states: tuple[Tokens, ...]) -> Float[Array, "B C T"]:
+        """CLS after every block that the head reads."""
+        chosen = [states[layer] for layer in self.depths]
+        return jnp.stack([s.x[:, 0] if s.prefix else mean(s, slice(None))[:, 0] for s in chosen], -1)
+
+    def readout(self, states: tuple[Tokens, ...]) -> Logits:
+        """Step 3: the head."""
+        assert self.head is not None
+        return Logits(self.head(self.read(states)))
+
+
+def inside(
+    info: ModelInfo, name: str, keep_rate: float, layers: tuple[int, ...] | None, given: Mapping[str, Any]
+) -> Reducer:
+    """The reducer in the middle: a keep rate and the locations become the settings that it has.
+
+    Raises:
+        ValueError: settings that it refuses, or a keep rate that it has no use for.
+    """
+    from tokjax import reducers  # the registry knows this file
+
+    settings, known = dict(given), reducers.settings_of(name)
+    if "r" in known:
+        settings.setdefault("r", removed(info, keep_rate, schedules.at_layers(layers, info.depth)))
+    elif "keep_rate" in known:
+        settings.setdefault("keep_rate", keep_rate)
+    elif not settings:
+        raise ValueError(f"reducer={name!r}: has no keep_rate; give its settings")
+    if layers is not None and "layers" in known and "r" not in known:
+        settings.setdefault("layers", layers)
+    return reducers.create(name, info, **settings)
+
+
+def removed(info: ModelInfo, keep_rate: float, layers: tuple[int, ...]) -> tuple[int, ...]:
+    """Tokens that merge in every block so that int(patches * keep_rate**(j+1)) patches are left at location j."""
+    patches, r = info.length - info.prefix, [0] * info.depth
+    if not 0 < keep_rate <= 1:
+        raise ValueError(f"keep_rate={keep_rate}: must be in (0, 1]")
+    left = patches
+    for layer, target in zip(layers, schedules.kept_table(keep_rate, patches, len(layers)), strict=True):
+        r[layer], left = left - target, target
+    return tuple(r)
