@@ -14,6 +14,7 @@ from typing import Any, Literal
 from tokjax import schedules
 from tokjax.hooks import ModelInfo, Reducer
 from tokjax.reducers.vit.ats import ATS
+from tokjax.reducers.vit.clca import CLCA
 from tokjax.reducers.vit.controls import AvgPool, Random, Strided
 from tokjax.reducers.vit.diffrate import DiffRate, strengths
 from tokjax.reducers.vit.dpcknn import DPCKNN
@@ -294,6 +295,21 @@ REGISTRY: dict[str, Entry] = {
         neutral={"keep_rate": 1.0},
         padding=False,
         control=True,
+    ),
+    "clca": Entry(
+        make=CLCA,
+        kind="cache around a reducer",
+        paper="Rios et al., Cross-Layer Cache Aggregation, ICASSP 2025",
+        needs=("what the reducer inside needs",),
+        knob=KEEP_RATE,
+        neutral={"keep_rate": 1.0, "cache": False, "num_clr": 0, "head": False},
+        learned=True,
+        example={"keep_rate": 0.5, "num_clr": 1},
+        exempt={
+            "unmerge": "EViT inside fuses to a weighted sum, so that un-merging gives a copy of it, not of a mean",
+            "knob": "what is cached comes back, so that at a high keep rate there are more tokens than at the input",
+            "model": "sequences grow again behind every reduction",
+        },
     ),
     "random": Entry(
         make=Random,
