@@ -314,7 +314,11 @@ def clip_shapes(text=64, image=128):
 
 def test_silent_configurations_of_two_towers_take_the_tensors_sizes_and_the_librarys_defaults():
     """Published SigLIP files state only what differs from the base model."""
-    config = {**CLIP_FILE, "text_config": {"eos_token_id": 2}, "vision_config": {"num_attention_heads": 2, "image_size": 32}}
+    config = {
+        **CLIP_FILE,
+        "text_config": {"eos_token_id": 2},
+        "vision_config": {"num_attention_heads": 2, "image_size": 32},
+    }
     model = families.HF_CLIP.configure(config, clip_shapes())
     fields = {"width": 128, "depth": 1, "heads": 2, "mlp_ratio": 2.0, "num_classes": 32, "gelu": "quick"}
     vision = ViTConfig((32, 32), 8, **fields, **CLIP, head_bias=False)
@@ -411,3 +415,20 @@ def test_preprocessing_of_towers():
     ):
         made = images(families.TIMM, {"architecture": name})
         assert (made.mean, made.resize_to) == (mean, resize)
+
+
+def test_the_authors_names_of_dino():
+    chunks = Shapes({f"blocks.{i // 2}.{i}.norm1.weight": (128,) for i in range(4)})
+    view = families.DINOV2_UPSTREAM.view({}, chunks)
+    assert list(view) == [f"blocks.{i}.norm1.weight" for i in range(4)]
+
+    class Stored(Shapes):
+        def shape(self, name):
+            return self[name].shape
+
+    bias = np.arange(6, dtype=np.float32)
+    stored = Stored({"blocks.3.attn.qkv.bias": bias, "blocks.3.attn.qkv.bias_mask": bias, "norm.bias": bias})
+    view = families.DINOV3_UPSTREAM.view({}, stored)
+    assert set(view) == {"blocks.3.attn.qv_bias", "norm.bias"}
+    assert view.shape("blocks.3.attn.qv_bias") == (4,)
+    np.testing.assert_array_equal(view["blocks.3.attn.qv_bias"], [0, 1, 4, 5])

@@ -250,9 +250,7 @@ def test_quantised_weights_are_refused(tmp_path, dtype):
     def edit(tensors):
         tensors["classifier.weight"] = tensors["classifier.weight"].astype(dtype)
 
-    with pytest.raises(
-        UserError, match=r"classifier\.weight has the wrong dtype: \w+; .* one of float16"
-    ):
+    with pytest.raises(UserError, match=r"classifier\.weight has the wrong dtype: \w+; .* one of float16"):
         load_checkpoint(edited(tmp_path, edit))
 
 

@@ -1,6 +1,16 @@
 """The families of checkpoints: how each is recognised, named, configured and preprocessed.
 
 One `Family` a naming; a new one is a table of names, a few functions and a place in `FAMILIES`.
+
+| module | families | from |
+| --- | --- | --- |
+| `timm` | `vit_*`, `deit*` of timm: AugReg, DeiT, DeiT-3, MAE, CLIP, SigLIP, DINOv2, DINOv3 | timm's hub, DeiT, MAE |
+| `augreg` | the same as JAX's `.npz` | google-research/vision_transformer |
+| `vit` | `vit`, `deit`, `vit_mae` | Hugging Face |
+| `clip` | `clip`, `clip_vision_model`; OpenAI's names | Hugging Face, OpenAI, OpenCLIP |
+| `open_clip` | a tower of timm and a text encoder | OpenCLIP's SigLIP |
+| `siglip` | `siglip`, `siglip2` and their vision towers | Hugging Face |
+| `dino` | `dinov2`, `dinov2_with_registers`, `dinov3_vit`; their authors' names | Hugging Face, facebookresearch |
 """
 
 from tokjax.errors import UserError

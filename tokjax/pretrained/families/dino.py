@@ -4,6 +4,9 @@ Backbones whose pooled feature is CLS. DINOv2 has a table for 518 pixels, resize
 the models with registers, which have no row in it. DINOv3 has rotary positions and no bias on keys. The largest models
 of both have SwiGLU, DINOv2's in one matrix (gate, then value), DINOv3's in two. Norm eps 1e-6 and 1e-5.
 
+DINOv2's authors scale a table without registers by (size + 0.1) / 37 where Hugging Face has size / 37, which is done
+here too: at other sizes than the table's their features differ a little.
+
 References: Oquab et al., TMLR 2024; Darcet et al., ICLR 2024; Simeoni et al., 2025; facebookresearch/dinov2
 `dinov2/models/vision_transformer.py`, facebookresearch/dinov3 `dinov3/models/vision_transformer.py`; transformers
 `models/dinov2`, `models/dinov2_with_registers`, `models/dinov3_vit`.
