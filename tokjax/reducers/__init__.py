@@ -24,11 +24,11 @@ from tokjax.reducers.vit.evovit import EvoViT
 from tokjax.reducers.vit.gtp import GTP
 from tokjax.reducers.vit.heuristic import Heuristic
 from tokjax.reducers.vit.kmedoids import KMedoids
-from tokjax.reducers.vit.gtp import GTP
 from tokjax.reducers.vit.patchmerger import PatchMerger
 from tokjax.reducers.vit.pitome import PiToMe
 from tokjax.reducers.vit.sinkhorn import Sinkhorn
 from tokjax.reducers.vit.sit import SiT
+from tokjax.reducers.vit.token_transforming import TokenTransforming
 from tokjax.reducers.vit.tokenlearner import TokenLearner
 from tokjax.reducers.vit.tome import ToMe
 from tokjax.reducers.vit.topk import TopK
@@ -78,10 +78,6 @@ def _all_but_one(info: ModelInfo) -> list[int]:
     return list(range(info.length - info.prefix - 1, -1, -1))
 
 
-def _all_but_one(info: ModelInfo) -> list[int]:
-    return list(range(info.length - info.prefix - 1, -1, -1))
-
-
 def _tabled_rates(info: ModelInfo) -> list[float]:
     patches = info.length - info.prefix
     rates = ((k, k / patches) for k in range(1, patches + 1))
@@ -100,7 +96,7 @@ TABLED_RATE = Knob("keep_rate", "(0, 1], to the power of the location, lower is 
 RATIO = Knob("ratio", "[0.5, 1], lower is cheaper", lambda _: [k / 400 for k in range(200, 401)])
 STRENGTH = Knob("strength", "at least 0, higher is cheaper", strengths)
 RINGS = Knob("keep_rate", TABLED_RATE.range, _ring_rates)
-PROPAGATED = Knob("propagated", "0 to all patches but one, higher is cheaper", _all_but_one)
+REMOVED_BUT_ONE = Knob("r", "0 to all patches but one, higher is cheaper", _all_but_one)
 PROPAGATED = Knob("propagated", "0 to all patches but one, higher is cheaper", _all_but_one)
 REMOVED = Knob("r", "0 to half of the patches, higher is cheaper", _removed)
 
@@ -169,14 +165,15 @@ REGISTRY: dict[str, Entry] = {
         neutral={"propagated": 0},
         example={"propagated": 4, "neighbours": 3},
     ),
-    "gtp": Entry(
-        make=GTP,
-        kind="propagate",
-        paper="Xu et al., GTP-ViT, WACV 2024",
-        needs=("all attention rows", "patch grid"),
-        knob=PROPAGATED,
-        neutral={"propagated": 0},
-        example={"propagated": 4, "neighbours": 3},
+    "token_transforming_ours": Entry(
+        make=TokenTransforming,
+        kind="merge, many to many",
+        paper="our construction, after the idea of Zeng et al., Token Transforming, 2025",
+        needs=("keys", "CLS attention"),
+        knob=REMOVED_BUT_ONE,
+        neutral={"r": 0},
+        conserves=True,
+        example={"r": 4},
     ),
     "topk": Entry(
         make=TopK,
