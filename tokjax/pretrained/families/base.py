@@ -167,16 +167,13 @@ class Stated:
             raise UserError(f"{key} = {value!r} is not known here; allowed are {', '.join(map(str, allowed))}.")
         return allowed[value]
 
-    def heads(self, default: int) -> int:
-        return self.get("num_attention_heads", default)
-
     def blocks(self, default_heads: int, default_eps: float, default_act: str) -> Json:
         """The fields that Hugging Face's encoders call alike."""
         width = self.size("hidden_size", "width")
         return {
             "width": width,
             "depth": self.size("num_hidden_layers", "depth"),
-            "heads": self.heads(default_heads),
+            "heads": self.get("num_attention_heads", default_heads),
             "mlp_ratio": ratio(width, self.size("intermediate_size", "hidden")),
             "norm_eps": self.get("layer_norm_eps", default_eps),
             "gelu": self.choice("hidden_act", default_act, HF_GELU),

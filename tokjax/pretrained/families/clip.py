@@ -308,12 +308,8 @@ def _openai_view(config: Json, tensors: Readable) -> Readable:
     return View(tensors, lambda name: re.sub(r"^(module\.)?(text\.)?", "", name))
 
 
-def _openai_images(config: Json, processor: Json | None, model: ViTConfig) -> Images:
+def openclip_images(config: Json, processor: Json | None, model: ViTConfig) -> Images:
     return from_openclip(config.get("preprocess_cfg") or {}, model.image_size).at(model.image_size)
-
-
-def _undescribed(model: Any, preprocess: Images | None) -> Json:
-    return {}
 
 
 OPENAI_CLIP = Family(
@@ -321,8 +317,8 @@ OPENAI_CLIP = Family(
     side="hf",
     rows=OPENAI_ROWS,
     configure=_openai_configure,
-    preprocess=_openai_images,
-    describe=_undescribed,
+    preprocess=openclip_images,
+    describe=lambda model, preprocess: {},
     expresses=lambda model: False,
     view=_openai_view,
     ignored=r"input_resolution|context_length|vocab_size|attn_mask",

@@ -10,11 +10,10 @@ from tokjax.errors import UserError
 from tokjax.models.dual import DualConfig
 from tokjax.models.text import TextConfig
 from tokjax.models.vit import ViTConfig
-from tokjax.pretrained.families.base import Family, Images, Json, Measured, ratio
-from tokjax.pretrained.families.clip import OPENAI_TEXT_ROWS
+from tokjax.pretrained.families.base import Family, Json, Measured, ratio
+from tokjax.pretrained.families.clip import OPENAI_TEXT_ROWS, openclip_images
 from tokjax.pretrained.families.timm import TIMM, TIMM_ROWS
 from tokjax.pretrained.names import Config, Readable, table, under
-from tokjax.pretrained.preprocess import from_openclip
 
 ROWS = {
     **under("vision.", "visual.trunk.", TIMM_ROWS),
@@ -68,16 +67,12 @@ def _configure(config: Json, tensors: Readable) -> Config:
     return DualConfig(vision, words, float(cfg.get("init_logit_scale", DualConfig.logit_scale)), **bias)
 
 
-def _images(config: Json, processor: Json | None, model: ViTConfig) -> Images:
-    return from_openclip(config.get("preprocess_cfg") or {}, model.image_size).at(model.image_size)
-
-
 OPEN_CLIP = Family(
     name="open_clip",
     side="hf",
     rows=ROWS,
     configure=_configure,
-    preprocess=_images,
+    preprocess=openclip_images,
     describe=lambda model, preprocess: {},
     expresses=lambda model: False,
     interpolation=("bicubic", True),

@@ -120,6 +120,7 @@ def _expresses(kind: str) -> Callable[[Config], bool]:
     return lambda model: (
         isinstance(model, DualConfig)
         and vision(model.vision)
+        and model.vision.pooling == "map"
         and model.text.embed_dim > 0
         and model.text.head_bias
         and not model.text.causal

@@ -25,6 +25,7 @@ from tokjax.pretrained.families.base import (
     Images,
     Json,
     Measured,
+    as_stored,
     heads_of_64,
     key_of,
     pair,
@@ -42,6 +43,7 @@ from tokjax.pretrained.preprocess import (
     timm_eval,
     to_timm,
 )
+from tokjax.pretrained.stored import to_float32
 
 TIMM_ROWS = table(
     ("array", "cls_token"),
@@ -453,8 +455,8 @@ def _view(config: Json, tensors: Readable) -> Readable:
     start, shape = a["class_token"] + a["distilled"], renamed.shape("reg_token")
 
     def registers() -> np.ndarray:
-        rows = renamed["pos_embed"].astype(np.float32)[:, start : start + shape[1]]
-        return renamed["reg_token"].astype(np.float32) + rows
+        tokens, table = (to_float32(name, renamed[name]) for name in ("reg_token", "pos_embed"))
+        return tokens + table[:, start : start + shape[1]]
 
     return View(renamed, made={"reg_token": Made(shape, registers)})
 
@@ -483,5 +485,5 @@ TIMM_EVA = dataclasses.replace(
     rows=EVA_ROWS,
     swiglu=EVA_SWIGLU,
     expresses=lambda model: isinstance(model, ViTConfig) and model.position == "rope" and not model.distilled,
-    view=lambda config, tensors: tensors,
+    view=as_stored,
 )

@@ -30,6 +30,7 @@ from tokjax.pretrained.families.base import (
 )
 from tokjax.pretrained.names import Made, Readable, Row, View, table
 from tokjax.pretrained.preprocess import HALF, Preprocess, script_eval
+from tokjax.pretrained.stored import to_float32
 
 ENCODER = (
     ("array", "cls_token", "embeddings.cls_token"),
@@ -98,7 +99,7 @@ def _deit_view(config: Json, tensors: Readable) -> Readable:
         return stripped("deit.")(config, tensors)
 
     def doubled(name: str) -> np.ndarray:
-        return 2 * tensors[name].astype(np.float32)
+        return 2 * to_float32(name, tensors[name])
 
     heads: dict[str, Made] = {}
     for name in ("classifier.weight", "classifier.bias"):
