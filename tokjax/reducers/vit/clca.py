@@ -93,7 +93,7 @@ class Head(nnx.Module):
     def _mixed(self, cls: Array, batch: bool) -> Float[Array, "B C*k"]:
         x = self.norm1(cls.astype(jnp.float32), batch)
         mixed = jnp.einsum("bct,ckt->bck", x, self.over_depth[...], precision="highest") + self.bias[...]
-        return mixed.reshape(len(x), -1)
+        return mixed.reshape(x.shape[0], -1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +164,7 @@ class CLCA(nnx.Module):
         gap: whether the mean of the patches is cached.
         num_clr: number of carriers; the paper's commands have 1.
         recover_at_last: whether the cache comes back after block L - 2 too.
-        head: whether CLS at several depths is classified in place of the model's own head.
+        head: whether CLS at several depths is classified in place of the model's own head; None: where there are classes.
         expand: channels of the head for every channel of the model.
         seed: of the parameters.
 
@@ -185,7 +185,7 @@ class CLCA(nnx.Module):
         gap: bool = True,
         num_clr: int = 0,
         recover_at_last: bool = True,
-        head: bool = True,
+        head: bool | None = None,
         expand: int = 2,
         seed: int = 0,
     ):
@@ -193,6 +193,7 @@ class CLCA(nnx.Module):
             raise ValueError(f"num_clr={num_clr}: must be at least 0, and 0 with cache=False")
         if cache and not gap and not num_clr:
             raise ValueError("gap=False, num_clr=0: leave nothing to cache; set one of them, or cache=False")
+        head = info.classes > 0 if head is None else head
         if head and not info.classes:
             raise ValueError("head=True: needs a model with classes; this one gives features")
         if expand < 1:
