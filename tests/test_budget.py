@@ -2,10 +2,12 @@
 
 import re
 
+import numpy as np
 import pytest
 
 import tokjax
 from tokjax import budget
+from tokjax.bench.flops import vit_macs
 from tokjax.models.vit import ViTConfig
 from tokjax.reducers import REGISTRY, create
 
@@ -48,6 +50,40 @@ def test_target_of_tokens(model):
     assert found.relative == budget.mean_tokens(found.model) / 37
     steps = neighbours(found, "tome", model, budget.mean_tokens)
     assert all(abs(found.relative - 0.6) <= abs(step - 0.6) for step in steps)
+
+
+@pytest.fixture(scope="module")
+def images() -> np.ndarray:
+    """From all alike to all different patches."""
+    rng = np.random.default_rng(0)
+    return (rng.normal(size=(6, 24, 24, 3)) * np.linspace(0, 3, 6)[:, None, None, None]).astype(np.float32)
+
+
+def test_cost_of_a_batch_counts_valid_tokens_alone(model, images):
+    fast = tokjax.reduce(model, "ats", keep_rate=0.9)
+    trace = fast(images, trace=True)[1]
+    assert len({*trace.tokens[-1]}) > 1 and trace.tokens[-1].max() < trace.layers[-1].length
+    sizes = {"width": 16, "patch": 4, "num_patches": 36, "classes": 5}
+    alone = [vit_macs((37, *row[:-1]), row, **sizes) for row in trace.tokens.T.tolist()]
+    assert budget.counted_macs(fast, images) == round(np.mean(alone)) + fast.cost().reducer
+    assert budget.mean_tokens(fast, images) == trace.tokens.mean() < budget.mean_tokens(fast)
+
+
+@pytest.mark.parametrize(("name", "settings"), [("topk", {}), ("dpcknn", {"layers": (0, 2)}), ("evovit", {})])
+def test_cost_of_a_batch_is_the_cost_where_lengths_are_static(model, images, name, settings):
+    fast = tokjax.reduce(model, name, **settings)
+    assert budget.counted_macs(fast, images) == macs(fast)
+
+
+@pytest.mark.parametrize("target", [{"macs": 0.7}, {"tokens": 0.8}])
+def test_target_on_a_batch(images, target):
+    model = tokjax.build(ViTConfig((24, 24), 4, width=16, depth=2, heads=2, num_classes=5))
+    found = budget.solve("ats", model, inputs=images, **target)
+    assert found.reached and found.macs == budget.counted_macs(found.model, images) < macs(found.model)
+
+    reached = budget.counted_macs if "macs" in target else budget.mean_tokens
+    assert found.relative == reached(found.model, images) / reached(model, images)
+    assert abs(found.relative - next(iter(target.values()))) < 0.03
 
 
 def test_the_whole_model_is_a_target(model):
