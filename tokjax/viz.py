@@ -207,6 +207,58 @@ def merged_regions(
     return np.where((label == count)[..., None], _faded(image), painted)
 
 
+def class_map(
+    labels: Int[Array, "h w"], cell: int, ignore: int | None = 255, colors: UInt8[Array, "K 3"] | None = None
+) -> UInt8[Array, "H W 3"]:
+    """Every label as a square of `cell` pixels in the colour of its class; white where it does not count.
+
+    Raises:
+        ValueError: `labels` are not integers from 0, or have no colour.
+    """
+    labels = np.asarray(labels)
+    counted = labels != ignore
+    if labels.ndim != 2 or not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
+        raise ValueError(f"labels must be integers from 0, [rows, columns], got {labels.dtype} {list(labels.shape)}")
+    classes = int(labels.max(initial=0, where=counted)) + 1
+    colors = class_colors(classes) if colors is None else np.asarray(colors)
+    if len(colors) < classes:
+        raise ValueError(f"colors must be one for each of {classes} classes, got {len(colors)}")
+    painted = np.where(counted[..., None], colors[np.where(counted, labels, 0)], 255).astype(np.uint8)
+    return _pixels_of(painted, cell)
+
+
+def class_colors(count: int) -> UInt8[Array, "K 3"]:
+    """One colour a class, black for class 0, by the rule of the Pascal VOC masks: bits 3k, 3k + 1 and 3k + 2 of the
+    class are the k-th highest bits of red, green and blue."""
+    classes = np.arange(count)[:, None]
+    bits = [(classes >> (3 * k + np.arange(3)) & 1) << (7 - k) for k in range(8)]
+    return np.sum(bits, 0).astype(np.uint8).reshape(count, 3)
+
+
+def value_map(values: Float[Array, "h w"], cell: int, low: float, high: float) -> UInt8[Array, "H W 3"]:
+    """Every value as a square of `cell` pixels, `low` dark blue to `high` yellow; grey where it is not finite.
+
+    Raises:
+        ValueError: `values` is not a matrix, or `high` not above `low`.
+    """
+    values = np.asarray(values, np.float64)
+    if values.ndim != 2 or not high > low:
+        raise ValueError(f"values must be a matrix and high above low, got {list(values.shape)}, {low} and {high}")
+    finite = np.isfinite(values)
+    shown = matplotlib.colormaps["viridis"]((np.where(finite, values, low) - low) / (high - low))[..., :3]
+    return _pixels_of(np.where(finite[..., None], np.round(255 * shown), 128).astype(np.uint8), cell)
+
+
+def enlarged(image: UInt8[Array, "H W 3"], side: int = 224) -> UInt8[Array, "H2 W2 3"]:
+    """The image by the whole factor that brings its longer side nearest to `side`; never smaller.
+
+    Raises:
+        ValueError: not a uint8 picture, or a side below 1.
+    """
+    image = _check_image(image)
+    return _pixels_of(image, _factor(image, side))
+
+
 def kept_pictures(
     image: UInt8[Array, "H W 3"],
     kept: Bool[Array, "L P"] | Sequence[Bool[Array, " P"]],

@@ -12,6 +12,7 @@ MODES = ("all", "train", "eval", "sweep", "features", "bench", "viz")
 TASKS = {  # name -> module beside this one and class in it; imported when it runs
     "classify": ("classify", "Classify"),
     "features": ("features", "FrozenFeatures"),
+    "dense": ("dense", "Dense"),
     "retrieval": ("retrieval", "Retrieval"),
     "zero_shot": ("zero_shot", "ZeroShot"),
 }

@@ -126,11 +126,13 @@ class Experiment(abc.ABC):
         metrics: columns that `evaluate` gives. The first is what tables, plots and cards show: a share in 0..1, more is
             better, of `tokjax.viz.SHARES`.
         both_towers: whether the task needs a text encoder beside the image encoder.
+        pictures_a_row: after how many of an image's `pictures` the file of them goes on below.
     """
 
     modes: ClassVar[tuple[str, ...]] = ("train", "eval", "sweep", "bench", "viz")
-    metrics: ClassVar[tuple[str, ...]]
+    metrics: tuple[str, ...]
     both_towers: ClassVar[bool] = False
+    pictures_a_row: ClassVar[int] = 7
 
     def __init__(self, config: ml_collections.ConfigDict, workdir: Path, command: str):
         self.config, self.workdir, self.command = config, workdir, command
@@ -472,7 +474,7 @@ class Experiment(abc.ABC):
                 counts[method["label"]] = found.model.token_counts()
                 drawn = self.pictures(found.model, batch, images)
                 for i, pictures in enumerate(drawn):
-                    viz.save_png(viz.strip(pictures), folder / f"{method['name']}_{i}.png")
+                    viz.save_png(viz.strip(pictures, self.pictures_a_row), folder / f"{method['name']}_{i}.png")
                 caption = f"{method['label']} at {found.relative:.2f} of the MACs"
                 sections.append((caption, [picture for pictures in drawn for picture in pictures]))
         quality = self.metrics[0]
