@@ -164,7 +164,7 @@ class CLCA(nnx.Module):
         gap: whether the mean of the patches is cached.
         num_clr: number of carriers; the paper's commands have 1.
         recover_at_last: whether the cache comes back after block L - 2 too.
-        head: whether CLS at several depths is classified in place of the model's own head; None: where there are classes.
+        head: whether CLS at several depths is classified in place of the model's head; None: where there are classes.
         expand: channels of the head for every channel of the model.
         seed: of the parameters.
 

@@ -1,0 +1,1 @@
+"""Reducers for diffusion models, one file a method."""
