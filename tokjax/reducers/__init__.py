@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from tokjax import schedules
 from tokjax.hooks import ModelInfo, Reducer
+from tokjax.reducers.diffusion.tomesd import ToMeSD, ratios
 from tokjax.reducers.vit.ats import ATS
 from tokjax.reducers.vit.clca import CLCA
 from tokjax.reducers.vit.controls import AvgPool, Random, Strided
@@ -174,6 +175,16 @@ REGISTRY: dict[str, Entry] = {
         neutral={"r": 0},
         conserves=True,
         example={"r": 4},
+    ),
+    "tomesd": Entry(
+        make=ToMeSD,
+        kind="merge + un-merge",
+        paper="Bolya & Hoffman, Token Merging for Fast Stable Diffusion, CVPRW 2023",
+        needs=("features", "a grid"),
+        knob=Knob("ratio", "[0, 1), higher is cheaper; with merge_mlp=True the MLP is cheaper too", ratios),
+        neutral={"ratio": 0.0},
+        padding=False,
+        example={"merge_mlp": True},
     ),
     "topk": Entry(
         make=TopK,
