@@ -53,8 +53,10 @@ def test_layouts_against_plain_arithmetic(tmp_path, state):
 
 
 def test_every_array_is_read_once(tmp_path, state, monkeypatch):
-    counts, read = collections.Counter(), files.Tensors.__getitem__
-    monkeypatch.setattr(files.Tensors, "__getitem__", lambda self, name: counts.update([name]) or read(self, name))
+    counts = collections.Counter()
+    for way in ("__getitem__", "view"):
+        read = getattr(files.Tensors, way)
+        monkeypatch.setattr(files.Tensors, way, lambda self, name, read=read: counts.update([name]) or read(self, name))
     load(tmp_path, state)
     assert counts == dict.fromkeys(state, 1)
 

@@ -395,8 +395,10 @@ def test_low_precision_files_are_widened(tmp_path):
 
 
 def test_every_tensor_is_read_once(tmp_path, monkeypatch):
-    counts, read = collections.Counter(), files.Tensors.__getitem__
-    monkeypatch.setattr(files.Tensors, "__getitem__", lambda self, name: counts.update([name]) or read(self, name))
+    counts = collections.Counter()
+    for way in ("__getitem__", "view"):
+        read = getattr(files.Tensors, way)
+        monkeypatch.setattr(files.Tensors, way, lambda self, name, read=read: counts.update([name]) or read(self, name))
     save_checkpoint(tmp_path, TINY, random_params(TINY))
     load_checkpoint(tmp_path, image_size=32)
     assert counts.keys() == load_file(tmp_path / "model.safetensors").keys()

@@ -88,6 +88,10 @@ class Tensors(Mapping[str, np.ndarray]):
     def __getitem__(self, name: str) -> np.ndarray:
         return self._stored[name].read()
 
+    def view(self, name: str) -> np.ndarray:
+        """The tensor where it lies in the file, not copied and not to be written to."""
+        return self._stored[name].view()
+
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape, which is known without reading."""
         return self._stored[name].shape

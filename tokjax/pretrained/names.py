@@ -22,6 +22,7 @@ are one fused `qkv`; a name that ends in ":2" holds two equal parts of what is j
 
 from collections.abc import Callable, Iterator, Mapping
 import dataclasses
+import math
 from typing import Any, Literal, Protocol
 
 import jax
@@ -30,7 +31,7 @@ import numpy as np
 from tokjax.errors import UserError
 from tokjax.models.dual import DualConfig
 from tokjax.models.vit import ViTConfig
-from tokjax.pretrained.stored import to_float32
+from tokjax.pretrained.stored import check_float, forget
 
 Kind = Literal["linear", "in_proj", "matrix", "patch", "norm", "array", "vector", "rows", "one", "positions"]
 Path = tuple[str | int, ...]
@@ -56,6 +57,7 @@ class Readable(Protocol):
     """What a checkpoint's tensors are read through: a lazy mapping that knows shapes without reading."""
 
     def __getitem__(self, name: str) -> np.ndarray: ...
+    def view(self, name: str) -> np.ndarray: ...
     def __iter__(self) -> Iterator[str]: ...
     def __contains__(self, name: object) -> bool: ...
     def shape(self, name: str) -> tuple[int, ...]: ...
@@ -91,6 +93,9 @@ class View:
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self._made[name].make() if name in self._made else self._tensors[self._stored[name]]
+
+    def view(self, name: str) -> np.ndarray:
+        return self._made[name].make() if name in self._made else self._tensors.view(self._stored[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter([*self._stored, *self._made])
@@ -137,14 +142,21 @@ class Leaf:
     kind: Kind
     transposed: bool
 
-    def decode(self, tensors: list[np.ndarray], shape: tuple[int, ...], config: Config) -> np.ndarray:
-        """The tree's array of this shape from the file's tensors."""
+    def decode(self, tensors: list[np.ndarray], out: np.ndarray, config: Config) -> None:
+        """Fills the tree's array from the file's tensors, widening them on the way."""
         if self.kind == "patch" and self.transposed:
-            return tensors[0].transpose(2, 3, 1, 0).reshape(shape)
-        if self.kind == "positions":
-            return np.delete(tensors[0], _register_rows(config), axis=1)
-        pieces = [tensor.T for tensor in tensors] if self.transposed else tensors
-        return (np.concatenate(pieces, axis=-1) if len(pieces) > 1 else pieces[0]).reshape(shape)
+            tensors = [tensors[0].transpose(2, 3, 1, 0).reshape(out.shape)]
+        elif self.kind == "positions":
+            tensors = [np.delete(tensors[0], _register_rows(config), axis=1)]
+        elif self.transposed:
+            tensors = [tensor.T for tensor in tensors]
+        if len(tensors) == 1:
+            out[...] = tensors[0].reshape(out.shape)
+            return
+        at = 0
+        for tensor in tensors:
+            out[..., at : at + tensor.shape[-1]] = tensor
+            at += tensor.shape[-1]
 
     def encode(self, array: np.ndarray, config: Config) -> list[np.ndarray]:
         """The file's tensors from the tree's array."""
@@ -249,7 +261,7 @@ def read_tree(
     ignored: Callable[[str], object] = lambda name: False,
     *,
     stacked: bool = False,
-    place: Place = lambda path, array: array,
+    place: Place | None = None,
 ) -> dict[str, Any]:
     """Reads a parameter tree: every tensor once, widened, laid out and placed before the next one is read.
 
@@ -260,10 +272,11 @@ def read_tree(
         config: of the model.
         ignored: names in the file that may be left unread.
         stacked: whether the arrays of equal blocks become one with a leading L axis, filled block by block.
-        place: what becomes of an array once it is there, for example `jax.device_put` with a sharding for its path.
+        place: what becomes of an array once it is there, for example `jax.device_put` with a sharding for its path. It
+            gets float32 numpy arrays in memory that the next ones are read into, so it must copy; None: they stay.
 
     Returns:
-        The tree, with what `place` gives for leaves; it gets float32 numpy arrays.
+        The tree, with what `place` gives for leaves.
 
     Raises:
         UserError: tensors are missing, unexpected, of another shape or no floats; the first three are listed.
@@ -271,29 +284,38 @@ def read_tree(
     leaves = check(rows, shapes, tensors, config, ignored)
     sizes = {path: array.shape for path, array in flatten(shapes)}
 
-    def read(path: Path) -> np.ndarray:
-        part = leaves[path]
-        return part.decode([to_float32(name, tensors[name]) for name in part.names], sizes[path], config)
-
-    tree: dict[str, Any] = {}
-
-    def put(path: Path, array: np.ndarray) -> None:
-        at: dict[Any, Any] = tree
-        for key in path[:-1]:
-            at = at.setdefault(key, {})
-        at[path[-1]] = place(path, np.asarray(array, order="C"))
-
     together: dict[Path, list[Path]] = {}  # path in the tree returned -> paths of the blocks that it holds
     for path in sizes:
         together.setdefault(tuple(key for key in path if not (stacked and isinstance(key, int))), []).append(path)
+
+    def shape(path: Path) -> tuple[int, ...]:
+        return sizes[path] if path in sizes else (len(together[path]), *sizes[together[path][0]])
+
+    most = max((math.prod(shape(path)) for path in together), default=0)
+    scratch = None if place is None else np.empty(most, np.float32)
+
+    def read(path: Path, out: np.ndarray) -> None:
+        part = leaves[path]
+        views = {name: tensors.view(name) for name in part.names}
+        for name, view in views.items():
+            check_float(name, view.dtype)
+        part.decode(list(views.values()), out, config)
+        for view in views.values():
+            forget(view)
+
+    tree: dict[str, Any] = {}
     for path, blocks in together.items():
+        size = shape(path)
+        array = np.empty(size, np.float32) if scratch is None else scratch[: math.prod(size)].reshape(size)
         if path in sizes:
-            put(path, read(path))
-            continue
-        array = np.empty((len(blocks), *sizes[blocks[0]]), np.float32)
-        for i, block in enumerate(blocks):
-            array[i] = read(block)
-        put(path, array)
+            read(path, array)
+        else:
+            for i, block in enumerate(blocks):
+                read(block, array[i])
+        at: dict[Any, Any] = tree
+        for key in path[:-1]:
+            at = at.setdefault(key, {})
+        at[path[-1]] = array if place is None else place(path, array)
     return tree
 
 

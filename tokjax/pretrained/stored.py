@@ -5,6 +5,7 @@ import dataclasses
 import math
 import mmap
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -81,6 +82,13 @@ class Stored:
 
     def read(self) -> np.ndarray:
         """The tensor, contiguous; copied once."""
+        seen = self.view()
+        array = np.array(seen, order="C")
+        forget(seen)
+        return array
+
+    def view(self) -> np.ndarray:
+        """The tensor where it lies, in any order, not to be written to; a mapped file is read as it is looked at."""
         item = self.dtype.itemsize
         if not self.size:
             return np.empty(self.shape, self.dtype)
@@ -88,7 +96,20 @@ class Stored:
         # An axis of length 1 may have any stride in a file, which numpy could not multiply.
         pairs = zip(self.shape, self._strides, strict=True)
         strides = [stride * item if length > 1 else item for length, stride in pairs]
-        return np.array(np.ndarray(self.shape, self.dtype, buffer=used, strides=strides), order="C")
+        return np.ndarray(self.shape, self.dtype, buffer=used, strides=strides)
+
+
+def forget(view: np.ndarray) -> None:
+    """Lets go of the pages of a mapped file that a view has read; looked at again, they are read again."""
+    base: Any = view
+    while isinstance(base, np.ndarray | memoryview):
+        base = base.base if isinstance(base, np.ndarray) else base.obj
+    if not isinstance(base, mmap.mmap) or not view.size or not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    first = np.lib.array_utils.byte_bounds(view)[0] - np.frombuffer(base, np.uint8).ctypes.data
+    last = np.lib.array_utils.byte_bounds(view)[1] - np.frombuffer(base, np.uint8).ctypes.data
+    start = first // mmap.PAGESIZE * mmap.PAGESIZE
+    base.madvise(mmap.MADV_DONTNEED, start, last - start)
 
 
 def stored_array(array: np.ndarray) -> Stored:
@@ -97,14 +118,19 @@ def stored_array(array: np.ndarray) -> Stored:
     return Stored(lambda: flat, flat.nbytes, array.dtype, array.shape)
 
 
-def to_float32(name: str, array: np.ndarray) -> np.ndarray:
-    """A weight as float32, not copied if it is.
+def check_float(name: str, dtype: np.dtype) -> None:
+    """Refuses what is no weight.
 
     Raises:
         UserError: it is not a float16, bfloat16, float32 or float64 tensor: quantised and integer weights would be
             converted without their scales.
     """
-    if array.dtype not in FLOATS:
-        allowed = ", ".join(dtype.name for dtype in FLOATS)
-        raise UserError(f"{name} has the wrong dtype: {array.dtype.name}; a weight must be one of {allowed}.")
+    if dtype not in FLOATS:
+        allowed = ", ".join(each.name for each in FLOATS)
+        raise UserError(f"{name} has the wrong dtype: {dtype.name}; a weight must be one of {allowed}.")
+
+
+def to_float32(name: str, array: np.ndarray) -> np.ndarray:
+    """A weight as float32, not copied if it is; raises as `check_float` does."""
+    check_float(name, array.dtype)
     return array.astype(np.float32, copy=False)
