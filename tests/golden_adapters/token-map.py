@@ -1,5 +1,6 @@
 """Token maps as matrices: chains of merges, proportional attention, un-merging, and many maps of one token set."""
 
+from functools import partial
 import re
 
 import jax
@@ -9,6 +10,8 @@ import numpy as np
 from tokjax.models import layers
 from tokjax.reducers.vit import tome
 from tokjax.reducers.vit.controls import AvgPool
+from tokjax.reducers.vit.gtp import GTP
+from tokjax.reducers.vit.pitome import PiToMe
 from tokjax.reducers.vit.topk import TopK
 from tokjax.signals import AttentionRule, Context, Signals
 from tokjax.token_map import Plan, SoftMap, apply, compose, identity, source
@@ -16,15 +19,13 @@ from tokjax.tokens import Tokens
 
 INPUTS = (
     *("x0", "r_schedule", "class_token", "key_proj", "positions_in"),
-    *("q", "k", "v", "membership", "size_in", "x", "y", "attention", "grid_side"),
+    *("q", "k", "v", "membership", "size_in", "x", "y", "attention", "grid_side", "gtp_graph"),
 )
 TOLERANCE = {"*membership": (0.0, 0.0), "*source": (0.0, 0.0), "*": (0.0, 1e-5)}
 UNUSED = "un-merging is membership transposed, never a pseudo-inverse"
 EXCUSED = {
     "pinv_*": UNUSED,
     "unmerge_pinv_weighted": UNUSED,
-    "*pitome*": "PiToMe is not there yet",
-    "*gtp_*": "GTP is not there yet",
     "*tomesd*": "ToMe for Stable Diffusion is not there yet",
 }
 
@@ -125,6 +126,21 @@ def zoo(stem, arrays):
         if match := re.fullmatch(r"tome_r(\d+)", method):
             merge = tome.bipartite(tokens.x, int(match[1]), prefix=1)
             ours |= outcome(method, Plan(merge, size=merge), tokens)
+        elif match := re.fullmatch(r"pitome_ratio(\d+)_margin(\d+)", method):
+            ratio, margin = (int(number) / 100 for number in match.groups())
+            of = partial(PiToMe, ratio, margin=margin, metric="hidden")
+            named = {method: of(matching="ordered"), "pitome_bsm": of(matching="bipartite")}
+            named["pitome_prune"] = of(matching="ordered", how="prune")
+            for kind, reducer in named.items():
+                ours |= outcome(kind, reducer.plan(tokens, signals), tokens)
+            ours["size_pitome"] = ours[f"size_{method}"]
+        elif match := re.fullmatch(r"gtp_P(\d+)_alpha(\d+)", method):
+            every = jnp.broadcast_to(jnp.arange(patches.length), (tokens.batch, patches.length))
+            graph = {"gtp": {"graph": jnp.asarray(arrays["gtp_graph"]), "row": every}}
+            reducer = GTP(int(match[1]), alpha=int(match[2]) / 10)
+            plan = reducer.plan(tokens.replace(carry=graph), signals)
+            ours |= outcome(method, plan, tokens)
+            ours |= {"gtp_kept": plan.map.keep[:, 1:], "gtp_propagated": plan.map.moved}
         elif match := re.fullmatch(r"topk(\d+)_cls_attention_prune", method):
             plan = TopK(kept=int(match[1])).plan(tokens, signals)
             kept = jnp.sort(plan.map.keep, -1)  # these vectors list them in place order

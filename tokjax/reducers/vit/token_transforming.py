@@ -153,8 +153,10 @@ class TokenTransforming:
         mass = jnp.where(size > 0, jnp.log(jnp.where(size > 0, size, 1)), MASKED)
         scores = similarity(rows(metric, anchors), metric) / self.tau + jax.lax.stop_gradient(mass)[:, None]
         pooled = jax.nn.softmax(scores, -1)
-        pooled = jnp.where((anchors < n)[..., None], pooled, 0)
-        pooled = jnp.where(jnp.arange(anchors.shape[1])[:, None] < p, jnp.eye(anchors.shape[1], n), pooled)
+        alone = (anchors == n) | (jnp.arange(anchors.shape[1]) < p)
+        if tokens.valid is not None:  # rows of one patch stay as they are
+            alone |= tokens.count()[:, None] <= p + 1
+        pooled = jnp.where(alone[..., None], jax.nn.one_hot(anchors, n), pooled)
         total = pooled.sum(1, keepdims=True)
         share = jnp.where(total > 0, pooled / jnp.where(total > 0, total, 1), 0)
         return SoftMap(pooled, anchors), SoftMap(share, anchors)
