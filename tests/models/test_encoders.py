@@ -167,7 +167,8 @@ def test_every_reducer_runs_in_every_encoder(cfg, name):
     x = patches() if cfg is NAFLEX else images(cfg)
     out, trace = reduced(x, trace=True)
     assert np.isfinite(out).all()
-    assert (trace.tokens[-1] <= model(cfg)(x, trace=True)[1].tokens[-1]).all()
+    if "model" not in REGISTRY[name].exempt:  # sequences that grow again
+        assert (trace.tokens[-1] <= model(cfg)(x, trace=True)[1].tokens[-1]).all()
     origin = np.asarray(trace.layers[-1].origin)
     assert (origin[:, : cfg.prefix] == np.arange(cfg.prefix)).all()
 
