@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from tokjax import schedules
 from tokjax.hooks import ModelInfo, Reducer
+from tokjax.reducers.chain import Chain, levels
 from tokjax.reducers.diffusion.tomesd import ToMeSD, ratios
 from tokjax.reducers.vit.ats import ATS
 from tokjax.reducers.vit.clca import CLCA
@@ -27,6 +28,7 @@ from tokjax.reducers.vit.heuristic import Heuristic
 from tokjax.reducers.vit.kmedoids import KMedoids
 from tokjax.reducers.vit.patchmerger import PatchMerger
 from tokjax.reducers.vit.pitome import PiToMe
+from tokjax.reducers.vit.scored import Scored
 from tokjax.reducers.vit.sinkhorn import Sinkhorn
 from tokjax.reducers.vit.sit import SiT
 from tokjax.reducers.vit.token_transforming import TokenTransforming
@@ -175,6 +177,24 @@ REGISTRY: dict[str, Entry] = {
         neutral={"r": 0},
         conserves=True,
         example={"r": 4},
+    ),
+    "chain": Entry(
+        make=Chain,
+        kind="several",
+        paper="combination of others",
+        needs=("what its parts need",),
+        knob=Knob("level", "[0, 1], the knobs of all parts from cheapest to dearest", levels),
+        neutral={"parts": ("topk", "tome"), "level": 1.0},
+        example={"parts": ("topk", ("tome", {"r": 3}))},
+    ),
+    "scored": Entry(
+        make=Scored,
+        kind="merge or prune",
+        paper="any score with any matcher",
+        needs=("CLS attention or keys", "keys"),
+        knob=KEEP_RATE,
+        neutral={"keep_rate": 1.0},
+        conserves=True,
     ),
     "tomesd": Entry(
         make=ToMeSD,
