@@ -16,8 +16,8 @@ weighted by mass. At tau -> 0 this is a merge into the nearest anchor; with a th
 Mode "row": every anchor pools over all tokens by a softmax over them (log sizes added), as attention does; for their
 sizes the columns are normalised instead, so that `plan.size.unmerge` is the way back there.
 
-Edge cases: nothing flows into protected tokens, nor out of them in mode "mass"; zero vectors have similarity 0 to all;
-at least one patch stays. Padded rows keep T - r of their own T patches, and padding takes part in nothing.
+Edge cases: nothing flows into protected tokens, nor out of them in mode "mass" (in mode "row" anchors pool over them
+too, and they give size away for it); zero vectors have similarity 0 to all; at least one patch stays. Padded rows keep T - r of their own T patches, and padding takes part in nothing.
 """
 
 import dataclasses
