@@ -111,13 +111,14 @@ def walk(hooks: list[hk.Hook], tokens: Tokens, context: Context, *, plans: int |
             return None
         return hook(*jax.tree.map(lambda a: a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a, (tokens, given)))
 
-    def reduce(where: hk.Where, layer: int, tokens: Tokens, given: Signals) -> Tokens:
+    def reduce(where: hk.Where, layer: int, tokens: Tokens, given: Signals) -> tuple[Tokens, Signals]:
         for hook in hk.at(hooks, where, layer):
             plan = hook(tokens, given)
             if plan is not None:
                 before, tokens = tokens, token_map.apply(plan, tokens)
                 steps.append(Step(before, plan, tokens, twin(hook, before, given)))
-        return tokens
+                given = hk.follow(given, plan, before, tokens)
+        return tokens, given
 
     def around(where: hk.Where, layer: int, tokens: Tokens, run: Callable[[Tokens], Any]) -> Tokens:
         for hook in hk.at(hooks, where, layer):
@@ -132,18 +133,18 @@ def walk(hooks: list[hk.Hook], tokens: Tokens, context: Context, *, plans: int |
             entered.append(part.length)
         return part.x
 
-    tokens = reduce("input", 0, tokens, outside)
+    tokens, _ = reduce("input", 0, tokens, outside)
     for layer in range(DEPTH):
-        tokens = reduce("before_block", layer, tokens, outside)
+        tokens, _ = reduce("before_block", layer, tokens, outside)
         tokens = around("around_attention", layer, tokens, lambda part: part.x)
         inside = hk.attend(hooks, layer, tokens, signals(tokens, context))
-        tokens = reduce("after_attention", layer, tokens, inside)
+        tokens, inside = reduce("after_attention", layer, tokens, inside)
         tokens = around("around_mlp", layer, tokens, count)
-        tokens = reduce("after_block", layer, tokens, inside)
+        tokens, _ = reduce("after_block", layer, tokens, inside)
         states.append(tokens)
         if plans is not None and not readout and sum(step.plan.map is not None for step in steps) >= plans:
             break
-    tokens = reduce("before_llm", 0, tokens, outside)
+    tokens, _ = reduce("before_llm", 0, tokens, outside)
     return Walk(tokens, tuple(steps), readout[0](tuple(states)) if readout else None)
 
 

@@ -101,11 +101,11 @@ def reduce(
         before, tokens = tokens, _note(hook, plan, _applied(hook, plan, tokens))
         if here[i + 1 :] or (then is not None and at(hooks, then, layer)):
             with _scope(hook):
-                signals = _follow(signals, plan, before, tokens)
+                signals = follow(signals, plan, before, tokens)
     return tokens, signals
 
 
-def _follow(signals: Signals, plan: token_map.Plan, before: Tokens, after: Tokens) -> Signals:
+def follow(signals: Signals, plan: token_map.Plan, before: Tokens, after: Tokens) -> Signals:
     """The signals of the tokens that a plan leaves: queries, keys and values move as features do.
 
     Maps over pairs and log-sum-exps do not survive a change of the keys; appended tokens have no signals at all.
