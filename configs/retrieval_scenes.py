@@ -17,14 +17,15 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.title = "Scenes: image-text retrieval at equal cost"
     config.batch_size = 128
     config.eval_batch_size = 128
-    config.model = model_config(patch_size=4, width=96, depth=6, heads=4)
-    config.text = text_config(length=16, width=96, depth=3, heads=4)
-    config.embed_dim = 64
+    config.model = model_config(patch_size=6, width=64, depth=4, heads=4)
+    config.text = text_config(length=20, width=64, depth=2, heads=4)
+    config.embed_dim = 32
     if arg == "siglip":
         config.loss = "siglip"
         config.model.update({"class_token": False, "pooling": "map", "gelu": "tanh"})
         config.text.update({"causal": False, "pooling": "last", "gelu": "tanh"})
-    config.data.image_size = (48, 48)  # 144 patches and CLS
+    config.data.image_size = (48, 48)  # 64 patches and CLS
+    config.data.patch_size = 6
     config.data.scenes.digits = (2, 3)
     config.data.scenes.distinct = True  # no two captions mean the same
     config.data.scenes.train_count = 16384

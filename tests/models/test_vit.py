@@ -56,7 +56,7 @@ def run(cfg, hooks=(), *, params=None, **options):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"image_size": (8, 13)}, r"image_size=\(8, 13\): must be .* multiples of patch_size=4"),
+        ({"image_size": (8, 3)}, r"image_size=\(8, 3\): must be .* at least patch_size=4 each"),
         ({"image_size": (8,)}, r"image_size=\(8,\): must be \(height, width\)"),
         ({"patch_size": 0}, r"patch_size=0: must be at least 1"),
         ({"depth": 0}, r"depth=0"),

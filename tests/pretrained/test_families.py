@@ -390,7 +390,7 @@ def test_the_hidden_width_of_a_gated_mlp():
 
 def test_sizes_without_whole_patches_are_cut():
     model = families.TIMM.configure({"architecture": "vit_so400m_patch14_siglip_384"}, NONE)
-    assert model.image_size == (378, 378)
+    assert model.image_size == (384, 384)
 
 
 def test_preprocessing_of_towers():

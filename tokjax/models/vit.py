@@ -37,6 +37,15 @@ class Patches(struct.PyTreeNode):
     valid: Bool[Array, "B N"]  # the first shape[0] * shape[1] of every row
     shape: Int[Array, "B 2"]  # patches down and across
 
+    @classmethod
+    def of(cls, images: Float[Array, "B height width channels"], patch_size: int) -> "Patches":
+        """Images of one size, cut; pixels beyond whole patches are left out. Without padding."""
+        b, height, width, channels = images.shape
+        h, w, p = height // patch_size, width // patch_size, patch_size
+        cut = images[:, : h * p, : w * p].reshape(b, h, p, w, p, channels).transpose(0, 1, 3, 2, 4, 5)
+        shape = jnp.broadcast_to(jnp.array([h, w], jnp.int32), (b, 2))
+        return cls(cut.reshape(b, h * w, -1), jnp.ones((b, h * w), bool), shape)
+
     def check(self, width: int) -> None:
         """`width`: values of a patch."""
         b, n = self.patches.shape[:2]
@@ -56,7 +65,7 @@ class ViTConfig:
         ValueError: fields that do not fit together; the message names the field, its value and what is allowed.
     """
 
-    image_size: tuple[int, int] = (224, 224)  # height, width in pixels
+    image_size: tuple[int, int] = (224, 224)  # height, width in pixels; those beyond whole patches are not looked at
     patch_size: int = 16
     channels: int = 3
     width: int = 384
@@ -92,9 +101,9 @@ class ViTConfig:
         for name in ("patch_size", "channels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        if len(self.image_size) != 2 or any(s < 1 or s % self.patch_size for s in self.image_size):
+        if len(self.image_size) != 2 or min(self.image_size) < self.patch_size:
             raise ValueError(
-                f"image_size={self.image_size}: must be (height, width), multiples of patch_size={self.patch_size}"
+                f"image_size={self.image_size}: must be (height, width), at least patch_size={self.patch_size} each"
             )
         check_blocks(self)
         if self.position == "sincos" and self.width % 4:
@@ -278,9 +287,8 @@ class ViT(Blocks):
             x = self.patch_embed(images.patches.astype(cfg.dtype))
             table = self.pos_embed[...].reshape(*cfg.grid, cfg.width)
             return Tokens(x + flexible_positions(table, images).astype(x.dtype), valid=images.valid)
-        (h, w), p, b = cfg.grid, cfg.patch_size, images.shape[0]
-        patches = images.reshape(b, h, p, w, p, cfg.channels).transpose(0, 1, 3, 2, 4, 5)
-        x = self.patch_embed(patches.reshape(b, h * w, -1).astype(cfg.dtype))
+        b = images.shape[0]
+        x = self.patch_embed(Patches.of(images, cfg.patch_size).patches.astype(cfg.dtype))
         first = [getattr(self, name)[...] for name in ("cls_token", "dist_token") if hasattr(self, name)]
         behind = [self.reg_token[...]] if cfg.registers else []
 

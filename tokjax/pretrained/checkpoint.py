@@ -107,7 +107,7 @@ def load_checkpoint(
         path_or_id: a folder, a file (safetensors, torch pickles and archives, `.npz`), or a hub id ("user/name",
             "user/name@revision").
         image_size: another height and width than the checkpoint's: its position table is interpolated as the library
-            that it belongs to does, and the preprocessing follows.
+            that it belongs to does, and the preprocessing follows. A NaFlex model takes images of any size as it is.
         dtype: of the model's activations (`config.dtype`: float32, bfloat16 or float16); parameters are float32
             whatever the file has.
         scan: whether equal blocks come stacked, as a model with `config.scan` has them.
@@ -119,8 +119,7 @@ def load_checkpoint(
 
     Raises:
         UserError: nothing found, a damaged file, an unknown family, or tensors that do not fit (all are listed).
-        ValueError: an image size that the patches do not divide, or that a model for any size was asked to take; or an
-            unknown dtype.
+        ValueError: an image size below one patch, or an unknown dtype.
     """
     found = files.find(path_or_id)
     try:
@@ -173,9 +172,7 @@ def _tokenizer(folder: Path | None, config: DualConfig) -> Tokenizer | None:
 def _at_size(config: Config, size: tuple[int, int]) -> Config:
     vision = vision_of(config)
     if vision.position == "naflex":
-        raise ValueError(
-            f"image_size={size}: this model takes images of any size; `preprocess.max_patches` bounds what they cost"
-        )
+        return config
     return _with_vision(config, dataclasses.replace(vision, image_size=size))
 
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from tokjax import api, budget, data, reducers, viz
 from tokjax.bench import flops, report, timing
 from tokjax.errors import UserError
-from tokjax.models.vit import ViTConfig, preset
+from tokjax.models.vit import Patches, ViTConfig, preset
 from tokjax.pretrained.preprocess import Preprocess
 from tokjax.train.checkpoints import Checkpoints
 from tokjax.train.config import TrainConfig
@@ -291,9 +291,9 @@ class Experiment(abc.ABC):
         return self.evaluation_loader("test")
 
     def transform(self) -> data.Transform | None:
-        """Resizing and cropping of evaluation; None: the config's."""
+        """Resizing and cropping of evaluation; None: the config's, as for a checkpoint that takes any size."""
         preprocess = self.initial.preprocess if self.initial else None
-        return AsPretrained(preprocess) if preprocess else None
+        return AsPretrained(preprocess) if isinstance(preprocess, Preprocess) else None
 
     def normalise(self) -> data.Normalise | None:
         """Means and deviations of the checkpoint of `config.init`; None: the config's."""
@@ -303,8 +303,9 @@ class Experiment(abc.ABC):
         return data.Normalise((m1, m2, m3), (s1, s2, s3))
 
     def inputs(self, model: Model, batch: Mapping[str, Any]) -> PyTree:
-        """What the encoder takes of a batch."""
-        return jnp.asarray(batch["image"])
+        """What the encoder takes of a batch; one that takes any size gets all patches of the images as they are."""
+        images, config = jnp.asarray(batch["image"]), self.encoder(model).config
+        return Patches.of(images, config.patch_size) if config.position == "naflex" else images
 
     def batches(self, split: str, name: str) -> Iterator[data.Batch]:
         """Every batch of a split in order, with a progress bar; only rows that are `valid` count, each once."""

@@ -205,13 +205,10 @@ def key_of(values: Mapping[str, Any], value: Any) -> str:
     return next(key for key, other in values.items() if other == value)
 
 
-def pair(size: Any, patch: int) -> tuple[int, int]:
-    """Height and width from either way of writing them, as far as whole patches go.
-
-    SigLIP so400m/14 says 384, of which a convolution of 14 sees 378: timm publishes the same weights for that size.
-    """
+def pair(size: Any) -> tuple[int, int]:
+    """Height and width from either way of writing them."""
     height, width = (size, size) if isinstance(size, int) else size
-    return height // patch * patch, width // patch * patch
+    return height, width
 
 
 def one_or_two(size: tuple[int, int]) -> int | list[int]:

@@ -121,7 +121,7 @@ def _vision_configure(config: Json, tensors: Readable, path: str = "") -> ViTCon
     stated = Stated(tower(config, "vision") or config, measured)
     patch = stated.size("patch_size", "patch")
     return ViTConfig(
-        image_size=pair(stated.get("image_size", 224), patch),
+        image_size=pair(stated.get("image_size", 224)),
         patch_size=patch,
         channels=stated.size("num_channels", "channels"),
         num_classes=measured.classes,
@@ -272,7 +272,7 @@ def _openai_configure(config: Json, tensors: Readable) -> DualConfig:
     if "head_width" in vision_cfg:
         heads = image.width // vision_cfg["head_width"]
     vision = ViTConfig(
-        image_size=pair(vision_cfg.get("image_size") or image.image(1), image.patch),
+        image_size=pair(vision_cfg.get("image_size") or image.image(1)),
         patch_size=image.patch,
         channels=image.channels,
         num_classes=image.classes,

@@ -110,7 +110,7 @@ def _dinov2_configure(config: Json, tensors: Readable) -> ViTConfig:
     with_registers = config.get("model_type") == "dinov2_with_registers"
     patch = stated.size("patch_size", "patch")
     return ViTConfig(
-        image_size=pair(config.get("image_size") or measured.image(1), patch),
+        image_size=pair(config.get("image_size") or measured.image(1)),
         patch_size=patch,
         channels=stated.size("num_channels", "channels"),
         num_classes=0,
@@ -139,7 +139,7 @@ def _dinov3_configure(config: Json, tensors: Readable) -> ViTConfig:
     blocks = Stated({**config, "hidden_act": "gelu"}, measured) if gated else stated
     patch = stated.size("patch_size", "patch")
     return ViTConfig(
-        image_size=pair(stated.get("image_size", 224), patch),
+        image_size=pair(stated.get("image_size", 224)),
         patch_size=patch,
         channels=stated.size("num_channels", "channels"),
         num_classes=0,

@@ -67,7 +67,7 @@ def _vision_configure(kind: str, path: str = "") -> Callable[[Json, Readable], V
         flexible = kind == "siglip2"
         side = math.isqrt(stated.get("num_patches", measured.positions)) * patch
         return ViTConfig(
-            image_size=(side, side) if flexible else pair(stated.get("image_size", 224), patch),
+            image_size=(side, side) if flexible else pair(stated.get("image_size", 224)),
             patch_size=patch,
             channels=stated.get("num_channels", 3),
             num_classes=0,

@@ -314,7 +314,7 @@ def _configure(config: Json, tensors: Readable) -> ViTConfig:
     align = a.get("swiglu_align_to", 1) or 1
     hidden += -hidden % align
     return ViTConfig(
-        image_size=pair(a["img_size"], a["patch_size"]),
+        image_size=pair(a["img_size"]),
         patch_size=a["patch_size"],
         channels=a["in_chans"],
         width=a["embed_dim"],

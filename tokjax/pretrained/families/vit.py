@@ -66,7 +66,7 @@ def _configure(rows: dict[str, Row], kind: str) -> Callable[[Json, Readable], Co
         distilled = kind == "deit"
         patch = stated.size("patch_size", "patch")
         return ViTConfig(
-            image_size=pair(config.get("image_size") or measured.image(1 + distilled), patch),
+            image_size=pair(config.get("image_size") or measured.image(1 + distilled)),
             patch_size=patch,
             channels=stated.size("num_channels", "channels"),
             num_classes=0 if kind == "vit_mae" else _classes(config, measured),
