@@ -278,15 +278,17 @@ class ViT(Blocks):
     def embed(self, images: Float[Array, "B height width channels"] | Patches) -> Tokens:
         """Patches, with prefix tokens and positions, as tokens.
 
-        With rotary positions, `position [B,N,2]` holds the row and column of every patch and -1 for prefix tokens,
-        which are not rotated. A merged token is rotated as its anchor; one that is made of many without an anchor (a
-        fused token) has -1, as CLS.
+        With rotary and flexible positions, `position [B,N,2]` holds the row and column of every patch; with rotary ones
+        -1 for prefix tokens, which are not rotated. A merged token is rotated as its anchor; one that is made of many
+        without an anchor (a fused token) has -1, as CLS.
         """
         cfg = self.cfg
         if isinstance(images, Patches):
             x = self.patch_embed(images.patches.astype(cfg.dtype))
             table = self.pos_embed[...].reshape(*cfg.grid, cfg.width)
-            return Tokens(x + flexible_positions(table, images).astype(x.dtype), valid=images.valid)
+            index, across = jnp.arange(x.shape[1]), jnp.maximum(images.shape[:, 1:], 1)
+            place = jnp.stack([index // across, index % across], -1).astype(jnp.int32)
+            return Tokens(x + flexible_positions(table, images).astype(x.dtype), position=place, valid=images.valid)
         b = images.shape[0]
         x = self.patch_embed(Patches.of(images, cfg.patch_size).patches.astype(cfg.dtype))
         first = [getattr(self, name)[...] for name in ("cls_token", "dist_token") if hasattr(self, name)]

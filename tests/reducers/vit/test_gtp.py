@@ -288,8 +288,7 @@ def test_settings_that_cannot_be(settings, message):
 
 def test_models_that_do_not_fit():
     with pytest.raises(ValueError, match=r"graph_type='mixed': needs a patch grid"):
-        GTP().hooks(dataclasses.replace(INFO, grid=None))
-    assert GTP(graph_type="semantic").hooks(dataclasses.replace(INFO, grid=None))
+        GTP().graph(Tokens(jnp.asarray(drawn()), prefix=1), Signals())
     with pytest.raises(ValueError, match=r"selection='cls_max': needs a class token"):
         GTP(selection="cls_max").hooks(dataclasses.replace(INFO, prefix=0))
 

@@ -263,7 +263,6 @@ class GTP:
         needs_map = self.sparsity < 1 or self.selection.partition("_")[0] not in ("cls", "random")
         hooks = []
         if self.propagation == "graph" and max(counts) > 0:
-            self._check_grid(info.grid)
             hooks.append(Hook("input", 0, dataclasses.replace(self, propagated=0), "graph"))
         for layer, count in enumerate(counts):
             one = dataclasses.replace(self, propagated=count, layer=layer)
@@ -272,10 +271,6 @@ class GTP:
             if count:
                 hooks.append(Hook("after_attention", layer, one))
         return hooks
-
-    def _check_grid(self, grid: tuple[int, int] | None) -> None:
-        if grid is None and self.graph_type != "semantic":
-            raise ValueError(f"graph_type={self.graph_type!r}: needs a patch grid; without one only 'semantic' goes")
 
     def graph(self, tokens: Tokens, signals: Signals) -> Plan:
         """The graph of the patches, as carry; edges follow `tokens.position` where it is given."""
@@ -293,12 +288,13 @@ class GTP:
         return Plan(carry={"gtp": {"graph": normalised(edges), "row": every}})
 
     def _places(self, tokens: Tokens, grid: tuple[int, int] | None) -> Int[Array, "*B T 2"]:
-        self._check_grid(grid)
-        assert grid is not None
-        p, n = tokens.prefix, tokens.length
-        if tokens.position is not None:
-            place = tokens.position[:, p:]
-            return place if place.ndim == 3 else jnp.stack(jnp.divmod(place - p, grid[1]), -1)
+        p, n, place = tokens.prefix, tokens.length, tokens.position
+        if place is not None and place.ndim == 3:
+            return place[:, p:]
+        if grid is None:
+            raise ValueError(f"graph_type={self.graph_type!r}: needs a patch grid; without one only 'semantic' goes")
+        if place is not None:
+            return jnp.stack(jnp.divmod(place[:, p:] - p, grid[1]), -1)
         if n - p != grid[0] * grid[1]:
             raise ValueError(f"grid={grid}: does not hold {n - p} patches; give tokens.position")
         return jnp.asarray(np.stack(np.divmod(np.arange(n - p), grid[1]), -1))
