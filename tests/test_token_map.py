@@ -298,6 +298,27 @@ def test_apply_refuses_a_map_of_another_length():
         apply(Plan(PAIR), Tokens(features(0)))
 
 
+def test_a_plan_moves_other_features_than_the_tokens_own():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(BATCH, N, 3)), jnp.bfloat16)
+    other = 2 * x.astype(jnp.float32) + 1e-3
+    weights = jnp.asarray(np.random.default_rng(1).random((BATCH, M, N)), jnp.float32)
+    mixed = apply(Plan(SoftMap(weights, weights.argmax(-1)), how="sum", x=other), Tokens(x)).x
+    expected = np.asarray(weights) @ np.asarray(other)
+    assert mixed.dtype == jnp.bfloat16  # rounded once, behind the sum
+    np.testing.assert_allclose(mixed.astype(jnp.float32), expected, rtol=2**-8)
+    np.testing.assert_array_equal(apply(Plan(x=other), Tokens(x)).x, other.astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("m", [M, N + 2])
+def test_a_soft_map_behind_a_prefix_leaves_it_alone(m):
+    weights = np.random.default_rng(0).random((BATCH, m, N)).astype(np.float32)
+    whole = behind_prefix(SoftMap(jnp.asarray(weights), jnp.asarray(weights.argmax(-1))), 2)
+    expected = np.zeros((BATCH, m + 2, N + 2), np.float32)
+    expected[:, :2, :2], expected[:, 2:, 2:] = np.eye(2), weights
+    np.testing.assert_array_equal(whole.weights, expected)
+    np.testing.assert_array_equal(whole.anchor, expected.argmax(-1))
+
+
 def test_averages_of_bf16_features_are_made_in_float32():
     n = 300
     nobody, keep = jnp.arange(1, n)[None], jnp.zeros((1, 1), jnp.int32)

@@ -29,6 +29,15 @@ def test_create_makes_lists_tuples_and_names_what_it_does_not_know():
         create("tome", r=-3)
 
 
+def test_reducers_that_learn_are_made_for_a_model():
+    assert settings_of("sit") == ["keep_rate", "layers", "kept", "seed"]
+    assert create("sit", INFO, kept=[9, 5, 3]).hooks(INFO)[1].reducer.count == 5
+    with pytest.raises(ValueError, match=r"info=None: sit has parameters of its own"):
+        create("sit")
+    with pytest.raises(ValueError, match=r"info=3: sit has the settings keep_rate, layers, kept, seed"):
+        create("sit", info=3)
+
+
 def test_reducers_are_attributes_and_know_their_names():
     assert reducers.tome(r=4) == ToMe(r=4)
     assert name_of(ToMe()) == "tome"
