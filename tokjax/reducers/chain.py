@@ -3,13 +3,13 @@
 Kind:   whatever its parts are.
 Needs:  what its parts need.
 
-Hooks of the parts run in the order in which they are given, so that `(("topk", {...}), ("tome", {...}))` prunes before it
-merges wherever both reduce in one block; `layers` in their settings puts them into different blocks. Everything is made
-of names and plain values, so that a config can hold it and `tokjax.save` can write it.
+Hooks of the parts run in the order in which they are given, so that `(("topk", {...}), ("tome", {...}))` prunes before
+it merges wherever both reduce in one block; `layers` in their settings puts them into different blocks. Everything is
+made of names and plain values, so that a config can hold it and `tokjax.save` can write it.
 
-`level` turns all parts at once, each by its own knob, which is how a chain meets a budget; a part whose settings fix its
-knob stays as it is. Counts and rates refer to the tokens at the model's input or at the part's own site, as each part
-defines them, not to what the parts before it left.
+`level` turns all parts at once, each by its own knob, which is how a chain meets a budget; a part whose settings have
+their knob stays as it is. Counts and rates refer to the tokens at the model's input or at the part's own site, as each
+part defines them.
 """
 
 from collections.abc import Mapping

@@ -1,14 +1,14 @@
 """Scored: any score of importance with any matcher.
 
 Kind:   hard merge, or prune; training-free; static length prefix + ceil(keep_rate * patches now).
-Needs:  by score: the CLS row of the attention, keys, all rows of the attention (entropy), or a key of the call (random);
+Needs:  by score: the CLS row of the attention, keys, all rows of the attention (entropy), a key of the call (random);
         by matcher: keys.
 
 Methods of this field are mostly a score (which tokens matter) and a matcher (which ones stay, and where the others go),
 published in a few combinations. Here both are free:
 
 score, the highest stays:
-- "cls_attention": how much CLS attends to the token (EViT, Liang et al. 2022); without prefix tokens, how much it receives.
+- "cls_attention": how much CLS attends to the token (EViT, Liang et al. 2022), or how much it receives without a CLS.
 - "key_norm": length of its key over all heads (Devoto et al. 2024 keep the shortest: `highest=False`).
 - "energy": how isolated its key is, the negative energy of PiToMe (Tran et al. 2024) at a fixed margin.
 - "entropy": how focused its own attention is, negative entropy, mean over heads.
@@ -16,17 +16,18 @@ score, the highest stays:
 
 match, by the cosine of keys averaged over heads (ToMe, Bolya et al. 2023):
 - "bipartite": the best tokens stay.
-- "greedy": the best token, then always the one that is farthest from all chosen ones (max-min, as DivPrune, Alvar et al.
-  2025), its distance weighted by its score.
-- "density": centres of clusters, by density times distance to the next denser token (density peaks, Rodriguez & Laio 2014,
-  with a Gaussian as wide as the mean square distance), weighted by its score.
+- "greedy": the best token, then always the one that is farthest from all chosen ones (max-min, as in DivPrune, Alvar et
+  al. 2025), its distance weighted by its score.
+- "density": centres of clusters, by density times distance to the next denser token (density peaks, Rodriguez & Laio
+  2014, with a Gaussian whose variance is a tenth of the mean square distance), weighted by its score.
 Every other token merges into the most similar one that stays, or is dropped.
 
-The construction is ours; the weight of a score is its rank, from 1 for the best down to 1/n, so that scores of any scale
-combine. Kept tokens leave in place order. Ties go to the lower index. Padded rows have their own counts.
+The construction is ours; the weight of a score is its rank, from 1 for the best down to 1/n, so that scores of any
+scale combine. Kept tokens leave in place order. Ties go to the lower index. Padded rows have their own counts.
 
-Cost for n patches of which k stay: a sort of n and n k similarities of D channels; greedy and density have all n^2 of them,
-greedy a loop of k steps over n tokens; energy adds n^2 of them too, entropy all rows of the attention, 128 at a time.
+Cost for n patches of which k stay: a sort of n and n k similarities of D channels; greedy and density have all n^2 of
+them, greedy a loop of k steps over n tokens; energy adds n^2 of them too, entropy all rows of the attention, 128 at a
+time.
 """
 
 from collections.abc import Callable
@@ -75,7 +76,7 @@ def best(values: Float[Array, "B n"]) -> Int[Array, "B"]:
 def greedy(
     metric: Float[Array, "B n D"], weight: Float[Array, "B n"], valid: Bool[Array, "B n"], k: int
 ) -> Int[Array, "B k"]:
-    """k tokens, each the farthest from those before it, its distance (1 - cosine) times its weight; the first by weight."""
+    """k tokens: the first by weight, then always the farthest from those before, 1 - cosine times its weight."""
     n = weight.shape[1]
     features = unit(metric)
     distance = jnp.maximum(1 - similarity(features, features), 0)
@@ -101,8 +102,8 @@ def density(
     distance = jnp.maximum(1 - similarity(features, features), 0)  # half the square distance of unit vectors
     pairs = valid[:, None] & valid[:, :, None]
     count = jnp.maximum(valid.sum(1), 1).astype(jnp.float32)[:, None]
-    width = jnp.where(pairs, distance, 0).sum((1, 2))[:, None, None] / count[..., None] ** 2
-    near = jnp.exp(-distance / jnp.maximum(width, 1e-6) / 2)
+    spread = jnp.where(pairs, distance, 0).sum((1, 2))[:, None, None] / count[..., None] ** 2
+    near = jnp.exp(-5 * distance / jnp.maximum(spread, 1e-6))
     dense = jnp.where(pairs, near, 0).sum(-1) / count
     place = jnp.arange(n)
     above = (dense[:, None] > dense[..., None]) | ((dense[:, None] == dense[..., None]) & (place < place[:, None]))
@@ -205,12 +206,12 @@ def join(
     metric: Float[Array, "B N D"], keep: Int[Array, "B M"], prefix: int, valid: Bool[Array, "B N"] | None
 ) -> HardMap:
     """Every (valid) token that is not kept goes to the most similar one that is, the prefix left out."""
-    (batch, n, _), m = metric.shape, keep.shape[1]
+    n, m = metric.shape[1], keep.shape[1]
     stays = jax.vmap(lambda row: jnp.zeros(n, bool).at[row].set(True, mode="drop"))(keep)
-    moved = jnp.argsort(stays, axis=-1, stable=True)[:, : n - m]  # the others, in place order
-    if valid is not None:  # rows with empty slots have fewer to move than they have others
-        gone = jnp.argsort(stays | ~valid, axis=-1, stable=True)[:, : n - m]
-        moved = jnp.where(jnp.take_along_axis(stays | ~valid, gone, 1), n, gone)
+    out = stays if valid is None else stays | ~valid
+    moved = jnp.argsort(out, axis=-1, stable=True)[:, : n - m]  # the others, in place order; a full row has most
+    if valid is not None:
+        moved = jnp.where(jnp.take_along_axis(out, moved, 1), n, moved)
     features = unit(metric)
     scores = similarity(rows(features, moved), rows(features, keep))
     open_ = (jnp.arange(m) >= prefix) & (keep < n)
