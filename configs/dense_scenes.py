@@ -22,17 +22,18 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.title = "Scenes of digits: segmentation and depth, token reduction at equal cost"
     config.batch_size = 64
     config.eval_batch_size = 128
-    config.model = model_config(patch_size=6, width=64, depth=4, heads=4)
-    config.label_weight = 0.2  # the leftmost or uppermost digit
+    config.model = model_config(patch_size=4, width=64, depth=4, heads=4)
+    config.label_weight = 0.5  # the leftmost or uppermost digit
 
-    config.data.image_size = (48, 48)  # 64 patches and CLS
-    config.data.patch_size = 6
-    config.data.scenes.train_count = 4096
+    config.data.image_size = (32, 32)  # 64 patches and CLS
+    config.data.patch_size = 4
+    config.data.scenes.digits = (1, 2)
+    config.data.scenes.colours = False
     config.data.scenes.test_count = 512
 
-    config.train.total_steps = 800
+    config.train.total_steps = 1500
     config.train.log_every = 50
-    config.train.eval_every = config.train.checkpoint_every = 400
+    config.train.eval_every = config.train.checkpoint_every = 500
     config.train.ema_decay = 0.99
     config.train.optimiser.lr = 2e-3
     config.train.optimiser.warmup_steps = 100

@@ -34,7 +34,7 @@ def config_of(arg="short", **changes):
     config.sweep.targets, config.sweep.methods = (0.7,), config.sweep.methods[:2]
     config.sweep.repeats, config.sweep.seconds, config.viz.images = 1, 0.0, 1
     config.bench.batch_sizes, config.bench.repeats, config.bench.seconds = (2,), 1, 0.0
-    config.bench.methods[0]["settings"]["r"] = 3
+    config.bench.methods = ()
     config.update(changes)
     return config
 
@@ -44,24 +44,28 @@ def rows_of(workdir, mode):
 
 
 def test_patch_features_are_those_of_the_token_that_a_patch_lives_on():
-    config = ViTConfig((32, 32), 8, width=16, depth=2, heads=2, num_classes=0, registers=1)
+    config = ViTConfig((32, 32), 8, width=16, depth=1, heads=2, num_classes=0, registers=1)
     model = tokjax.build(config)
     images = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
-    whole = model.forward(model.params, images)
+
+    def run(model, trace=True):
+        return jax.jit(lambda params: model.forward(params, images, trace=trace))(model.params)
+
+    whole = run(model, trace=False)
     np.testing.assert_array_equal(patch_features(model, whole), whole.features[:, 2:])
 
-    merged = tokjax.reduce(model, "tome", r=4)
-    out = merged.forward(merged.params, images, trace=True)
+    merged = tokjax.reduce(model, "tome", r=6)
+    out = run(merged)
     features = np.asarray(patch_features(merged, out))
-    assert out.features.shape[1] == 10 and features.shape == (2, 16, 16)
+    assert out.features.shape[1] == 12 and features.shape == (2, 16, 16)
     origin = np.asarray(out.tokens.origin)[:, 2:]
     for b in range(2):
         np.testing.assert_array_equal(features[b], np.asarray(out.features)[b, origin[b]])
     with pytest.raises(ValueError, match="trace=True"):
-        patch_features(merged, merged.forward(merged.params, images))
+        patch_features(merged, whole)
 
     pruned = tokjax.reduce(model, "strided", keep_rate=0.5, layers=(0,))
-    out = pruned.forward(pruned.params, images, trace=True)
+    out = run(pruned)
     dropped = np.asarray(out.tokens.origin)[:, 2:] == out.features.shape[1]
     zeros, nearest = (np.asarray(patch_features(pruned, out, fill=fill)) for fill in ("zeros", "nearest"))
     assert dropped.any() and (zeros[dropped] == 0).all() and (nearest[dropped] != 0).any(-1).all()
@@ -196,4 +200,4 @@ def test_the_config_learns(tmp_path):
     tasks.make(module.get_config(), tmp_path, "").run("train")
     tasks.make(module.get_config(), tmp_path, "").run("eval")
     (row,) = rows_of(tmp_path, "eval")
-    assert row["mean_iou"] > 0.4 and row["delta1"] > 0.9
+    assert row["mean_iou"] > 0.35 and row["delta1"] > 0.95

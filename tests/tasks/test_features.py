@@ -30,7 +30,7 @@ def config_of(**changes):
     config.sweep.methods = (config.sweep.methods[0], config.sweep.methods[4])
     config.sweep.repeats, config.sweep.seconds, config.viz.images = 1, 0.0, 1
     config.bench.batch_sizes, config.bench.repeats, config.bench.seconds = (2,), 1, 0.0
-    config.bench.methods[0]["settings"]["r"] = 3
+    config.bench.methods = ()
     config.update(changes)
     return config
 
