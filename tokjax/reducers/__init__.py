@@ -27,7 +27,7 @@ from tokjax.reducers.vit.gtp import GTP
 from tokjax.reducers.vit.heuristic import Heuristic
 from tokjax.reducers.vit.kmedoids import KMedoids
 from tokjax.reducers.vit.patchmerger import PatchMerger
-from tokjax.reducers.vit.pitome import PiToMe
+from tokjax.reducers.vit.pitome import PiToMe, removed
 from tokjax.reducers.vit.scored import Scored
 from tokjax.reducers.vit.sinkhorn import Sinkhorn
 from tokjax.reducers.vit.sit import SiT
@@ -77,6 +77,17 @@ def _removed(info: ModelInfo) -> list[int]:
     return list(range((info.length - info.prefix) // 2, -1, -1))
 
 
+def _ratios(info: ModelInfo) -> list[float]:
+    """One ratio for every course of lengths that some ratio gives."""
+    courses = {}
+    for ratio in (k / 400 for k in range(200, 401)):
+        lengths = [info.length - info.prefix]
+        for _ in range(info.depth):
+            lengths.append(lengths[-1] - removed(ratio, lengths[-1]))
+        courses[tuple(lengths)] = ratio
+    return list(courses.values())
+
+
 def _all_but_one(info: ModelInfo) -> list[int]:
     return list(range(info.length - info.prefix - 1, -1, -1))
 
@@ -96,7 +107,7 @@ def _ring_rates(info: ModelInfo) -> list[float]:
 
 KEEP_RATE = Knob("keep_rate", "(0, 1], lower is cheaper", _rates)
 TABLED_RATE = Knob("keep_rate", "(0, 1], to the power of the location, lower is cheaper", _tabled_rates)
-RATIO = Knob("ratio", "[0.5, 1], lower is cheaper", lambda _: [k / 400 for k in range(200, 401)])
+RATIO = Knob("ratio", "[0.5, 1], lower is cheaper", _ratios)
 STRENGTH = Knob("strength", "at least 0, higher is cheaper", strengths)
 RINGS = Knob("keep_rate", TABLED_RATE.range, _ring_rates)
 REMOVED_BUT_ONE = Knob("r", "0 to all patches but one, higher is cheaper", _all_but_one)
