@@ -381,8 +381,7 @@ def load(
 
     def place(path: tuple[str | int, ...], array: np.ndarray) -> jax.Array:
         where = sharding(path, array.shape) if callable(sharding) else sharding
-        # Its memory is used again, and on CPU device_put shares aligned memory even with may_alias=False.
-        return jax.device_put(array.copy(), where)
+        return jax.device_put(array, where).block_until_ready()  # one array at a time in the host's memory
 
     checkpoint = load_checkpoint(source, image_size=image_size, dtype=dtype, scan=scan, place=place)
     config, params, side = checkpoint.config, checkpoint.params, checkpoint.source["family"]

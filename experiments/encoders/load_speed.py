@@ -17,7 +17,7 @@ import threading
 import time
 
 MB = 1 << 20
-ROUNDS = 5
+ROUNDS = 3
 
 
 def _status() -> dict[str, int]:

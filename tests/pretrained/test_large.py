@@ -47,7 +47,7 @@ def understood(name):
     return family, family.configure(config, tensors), tensors
 
 
-SO400M = ViTConfig((378, 378), 14, width=1152, depth=27, heads=16, mlp_ratio=4304 / 1152, num_classes=0, gelu="tanh")
+SO400M = ViTConfig((384, 384), 14, width=1152, depth=27, heads=16, mlp_ratio=4304 / 1152, num_classes=0, gelu="tanh")
 OPT = {"width": 1536, "depth": 40, "heads": 16, "num_classes": 0, "gelu": "tanh"}
 MAP = {"class_token": False, "pooling": "map"}
 GIANT = {"patch_size": 14, "width": 1536, "depth": 40, "heads": 24, "mlp_ratio": 4096 / 1536, "mlp": "swiglu"}

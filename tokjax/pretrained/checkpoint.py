@@ -139,7 +139,7 @@ def load_checkpoint(
     def put(path: names.Path, array: Any) -> Any:
         if path == table and new.grid != old.grid:
             array = resize_positions(array, old.table_prefix, old.grid, new.grid, *family.interpolation)
-        return place(path, array) if place is not None else array.copy()
+        return array if place is None else place(path, array)
 
     try:
         params = names.read_tree(
