@@ -31,11 +31,11 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.data.scenes.train_count = 16384
     config.data.scenes.test_count = 1000
 
-    config.train.total_steps = 1500
+    config.train.total_steps = 1200
     config.train.log_every = 50
-    config.train.eval_every = 500
-    config.train.checkpoint_every = 500
-    config.train.optimiser.lr = 1e-3
+    config.train.eval_every = 400
+    config.train.checkpoint_every = 400
+    config.train.optimiser.lr = 2e-3
     config.train.optimiser.warmup_steps = 100
     config.train.optimiser.weight_decay = 0.05
     config.train.optimiser.clip_norm = 1.0
