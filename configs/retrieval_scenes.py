@@ -15,10 +15,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     """`arg` "short": a few steps and one budget, to see that everything runs; "siglip": that loss and head."""
     config = default_config()
     config.title = "Scenes: image-text retrieval at equal cost"
-    config.batch_size = 128
+    config.batch_size = 96
     config.eval_batch_size = 128
-    config.model = model_config(patch_size=6, width=64, depth=4, heads=4)
-    config.text = text_config(length=20, width=64, depth=2, heads=4)
+    config.model = model_config(patch_size=6, width=48, depth=4, heads=4)
+    config.text = text_config(length=20, width=48, depth=2, heads=4)
     config.embed_dim = 32
     if arg == "siglip":
         config.loss = "siglip"
@@ -26,15 +26,15 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         config.text.update({"causal": False, "pooling": "last", "gelu": "tanh"})
     config.data.image_size = (48, 48)  # 64 patches and CLS
     config.data.patch_size = 6
-    config.data.scenes.digits = (2, 3)
+    config.data.scenes.digits = (1, 2)
     config.data.scenes.distinct = True  # no two captions mean the same
-    config.data.scenes.train_count = 16384
+    config.data.scenes.train_count = 6000
     config.data.scenes.test_count = 1000
 
-    config.train.total_steps = 1200
+    config.train.total_steps = 1000
     config.train.log_every = 50
-    config.train.eval_every = 400
-    config.train.checkpoint_every = 400
+    config.train.eval_every = 500
+    config.train.checkpoint_every = 500
     config.train.optimiser.lr = 2e-3
     config.train.optimiser.warmup_steps = 100
     config.train.optimiser.weight_decay = 0.05
