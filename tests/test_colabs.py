@@ -53,13 +53,19 @@ def pictures_of(cell) -> list[str]:
     return [out.data["image/png"] for out in cell.outputs if "data" in out and "image/png" in out.data]
 
 
-def test_quickstart(kernel, tmp_path):
-    notebook = nbformat.read(ROOT / "colabs" / "quickstart.ipynb", as_version=4)
+def run(name, kernel, folder) -> dict:
+    """Executes a notebook in a folder; its code cells by id, with what they gave."""
+    notebook = nbformat.read(ROOT / "colabs" / f"{name}.ipynb", as_version=4)
     nbclient.NotebookClient(
-        notebook, timeout=300, kernel_name=kernel, resources={"metadata": {"path": str(tmp_path)}}
+        notebook, timeout=600, kernel_name=kernel, resources={"metadata": {"path": str(folder)}}
     ).execute()
     cells = {cell.id: cell for cell in notebook.cells if cell.cell_type == "code"}
     assert not text_of(cells["install"])  # it was there
+    return cells
+
+
+def test_quickstart(kernel, tmp_path):
+    cells = run("quickstart", kernel, tmp_path)
     assert (tmp_path / "runs" / "quickstart" / "model" / "model.safetensors").is_file()
 
     before, after = map(float, re.findall(r"([\d.]+)%", text_of(cells["accuracy"])))
@@ -77,3 +83,20 @@ def test_quickstart(kernel, tmp_path):
     assert all(abs(row["macs_relative"] - 0.35) < 0.02 for row in rows.values() if row["target"])
     assert all(method in swept for method in ("unreduced", "ToMe", "EViT", "random drop", "average pooling"))
     assert "merged (2, 49, 48) restored (2, 65, 48)" in text_of(cells["arrays"])
+
+
+def test_encoders(kernel, tmp_path):
+    cells = run("encoders", kernel, tmp_path)
+    assert "siglip2" in text_of(cells["families"]) and "dinov3_vit" in text_of(cells["families"])
+    assert all(name in text_of(cells["file"]) for name in ("config.json", "model.safetensors", "tokenizer.json"))
+    assert len(pictures_of(cells["zero"])) == 1 and "scene 4" in text_of(cells["zero"])
+
+    table = text_of(cells["reduce"])
+    recall = {method: float(re.search(rf"{method}.*\| *([\d.]+) *\|", table)[1]) for method in ("unreduced", "tome")}
+    assert recall["unreduced"] > 15  # at 10 of 200; chance is 5
+    assert abs(recall["tome"] - recall["unreduced"]) < 15
+    assert "image tokens (37, 33, 29, 25) text tokens (20, 18)" in table or "image tokens" in table
+
+    assert "[-1, -1]" in text_of(cells["rope"])
+    assert "valid:" in text_of(cells["naflex"]) and len(pictures_of(cells["naflex"])) == 1
+    assert float(re.search(r"features: ([\d.]+)", text_of(cells["dense"]))[1]) > 0.7

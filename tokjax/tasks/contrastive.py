@@ -12,6 +12,7 @@ from ml_collections import config_dict
 import numpy as np
 
 from tokjax import api, data
+from tokjax.errors import UserError
 from tokjax.models.dual import DualConfig
 from tokjax.models.text import TextConfig
 from tokjax.models.vit import ViTConfig, preset
@@ -58,9 +59,20 @@ class Contrastive(Experiment):
         if self.initial is not None:
             return self.initial.tokenizer
         with user_input():
-            captions = super().loader("train", train=True).source.captions
+            captions = self.captions(super().loader("train", train=True).source)
             length = self.config.text.get("length") or TextConfig.length
             return Tokenizer.train_words([text for group in captions for text in group], length)
+
+    def captions(self, source: data.Source) -> Sequence[Sequence[str]]:
+        """Of every example its texts.
+
+        Raises:
+            UserError: the data have none.
+        """
+        found = getattr(source, "captions", None)
+        if found is None:
+            raise UserError(f"config.data.source={self.config.data.source!r}: has no captions")
+        return found
 
     def build(self) -> api.DualModel:
         config, size = self.config, tuple(self.config.data.image_size)

@@ -6,7 +6,6 @@ import ml_collections
 import numpy as np
 
 from tokjax import api
-from tokjax.errors import UserError
 from tokjax.tasks import contrastive
 from tokjax.tasks.contrastive import Contrastive
 from tokjax.train.evaluation import recall_at_k
@@ -25,9 +24,7 @@ class Retrieval(Contrastive):
     metrics = tuple(f"{way}@{k}" for way in ("image_to_text", "text_to_image") for k in KS)
 
     def evaluate(self, model: api.DualModel, name: str) -> dict[str, Any]:
-        captions = self.test_loader().source.captions
-        if captions is None:
-            raise UserError(f"config.data.source={self.config.data.source!r}: has no captions to retrieve")
+        captions = self.captions(self.test_loader().source)
         images, _, places = self.image_features(model, name)
         texts = [text for place in places for text in captions[place]]
         owner = np.repeat(np.arange(len(places)), [len(captions[place]) for place in places])

@@ -17,7 +17,8 @@ Mode "row": every anchor pools over all tokens by a softmax over them (log sizes
 sizes the columns are normalised instead, so that `plan.size.unmerge` is the way back there.
 
 Edge cases: nothing flows into protected tokens, nor out of them in mode "mass" (in mode "row" anchors pool over them
-too, and they give size away for it); zero vectors have similarity 0 to all; at least one patch stays. Padded rows keep T - r of their own T patches, and padding takes part in nothing.
+too, and they give size away for it); zero vectors have similarity 0 to all; at least one patch stays. Padded rows keep
+T - r of their own T patches, and padding takes part in nothing.
 """
 
 import dataclasses
