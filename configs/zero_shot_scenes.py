@@ -9,7 +9,6 @@ With a model that is trained already: --config.init=runs/retrieval_scenes/model 
 import ml_collections
 
 from configs.retrieval_scenes import get_config as retrieval
-from tokjax.data.scenes import COLOURS
 from tokjax.tasks.zero_shot import default_config
 
 
@@ -23,7 +22,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     test = config.zero_shot.data
     test.source, test.image_size = "scenes", config.data.image_size
     test.scenes.digits, test.scenes.test_count, test.scenes.seed = (1, 1), 1000, 1
-    config.zero_shot.templates = tuple(f"a picture of a {colour} {{}}" for colour in COLOURS)
+    test.scenes.colours = False
+    config.zero_shot.templates = ("a picture of a {}", "only a {}", "a {} alone")
     if arg == "short":
         test.scenes.test_count = 64
     return config

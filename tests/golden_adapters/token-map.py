@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokjax.models import layers
+from tokjax.reducers.diffusion.tomesd import ToMeSD
 from tokjax.reducers.vit import tome
 from tokjax.reducers.vit.controls import AvgPool
 from tokjax.reducers.vit.gtp import GTP
@@ -23,11 +24,7 @@ INPUTS = (
 )
 TOLERANCE = {"*membership": (0.0, 0.0), "*source": (0.0, 0.0), "*": (0.0, 1e-5)}
 UNUSED = "un-merging is membership transposed, never a pseudo-inverse"
-EXCUSED = {
-    "pinv_*": UNUSED,
-    "unmerge_pinv_weighted": UNUSED,
-    "*tomesd*": "ToMe for Stable Diffusion is not there yet",
-}
+EXCUSED = {"pinv_*": UNUSED, "unmerge_pinv_weighted": UNUSED}
 
 
 def run(case, arrays):
@@ -152,6 +149,9 @@ def zoo(stem, arrays):
         elif match := re.fullmatch(r"kth(\d+)_patches_only", method):
             merge = tome.kth(patches.x, int(match[1]))
             ours |= outcome(method, Plan(merge, size=merge), patches)
+        elif match := re.fullmatch(r"tomesd_r(\d+)_patches_only_mean", method):
+            reducer = ToMeSD(int(match[1]) / patches.length, use_rand=False)
+            ours |= outcome(method, Plan(reducer.map(patches, signals.context), how="mean"), patches)
     return ours
 
 

@@ -74,7 +74,7 @@ def default_config() -> ml_collections.ConfigDict:
     config.scenes = scenes = ml_collections.ConfigDict()  # see Scenes
     scenes.digits = (1, 3)  # fewest and most in a scene
     scenes.colours = True
-    scenes.distinct = False  # no two scenes of a split show the same
+    scenes.distinct = False  # no two scenes of `test` show the same
     scenes.train_count = 8192
     scenes.test_count = 1024
     scenes.seed = 0

@@ -418,7 +418,7 @@ def open_source(config: ml_collections.ConfigDict, split: str | None, train: boo
             patch_size=config.patch_size,
             digits=tuple(options.digits),
             colours=options.colours,
-            distinct=options.distinct,
+            distinct=options.distinct and split == "test",
             count=options.test_count if split == "test" else options.train_count,
             seed=options.seed,
         )
