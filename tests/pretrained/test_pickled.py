@@ -281,6 +281,15 @@ def bomb_of_shared_objects():
 BOMBS = {
     "deep tuple as key": (b"})" + b"\x85" * 10**5 + b"K\x01s", "as a key"),
     "deep tuple in a set": (b"\x8f()" + b"\x85" * 10**5 + b"\x90", "as a key"),
+    "deep tuple as key of a namespace": (
+        glob("argparse", "Namespace") + b"])" + b"\x85" * 10**6 + b"K\x01\x86a\x85R",
+        "damaged",
+    ),
+    "long tuple as key, again and again": (
+        b"}(" + b"K\x01" * 30_000 + b"tq\x01K\x01s" + b"h\x01Ns" * 10**5,
+        "as a key",
+    ),
+    "long number as key": (b"}" + b"\x8b\x10\x27\x00\x00" + b"\x01" * 10_000 + b"K\x01s", "digits"),
     "deep list": (b"]" * 10**5 + b"a" * (10**5 - 1), "no tensors"),
     "shared objects": (bomb_of_shared_objects(), "nested too"),
     "cycle": (glob("__torch__.a", "B") + b")\x81q\x00" + named(a=b"h\x00") + b"b", "nested too"),
@@ -389,6 +398,12 @@ def test_no_state_dict(tmp_path, program, message):
 def test_whole_objects_are_refused_by_name():
     with pytest.raises(UserError, match=r"module\.pth: torch\.nn\.modules\.conv\.Conv2d is refused.*state dict"):
         pickled.read_pickled(FILES / "module.pth")
+
+
+def test_a_file_without_bytes(tmp_path):
+    (tmp_path / "a.pth").touch()
+    with pytest.raises(UserError, match=r"a\.pth"):
+        pickled.load(tmp_path / "a.pth")
 
 
 @pytest.mark.parametrize("content", [pickle.dumps({"a": 1}, 2), pickle.dumps([1], 4)])

@@ -44,6 +44,7 @@ _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 _LARGEST_PICKLE = 2**28
 _COPIES = 2**26
 _DEPTH, _NODES = 64, 2 * 10**5
+_KEY_PARTS, _KEY_BITS = 8, 64
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -98,8 +99,9 @@ def load(path: Path) -> Any:
         zipped = file.read(4) == b"PK\x03\x04"
     try:
         return _load_zip(Archive(path)) if zipped else _load_legacy(path)
-    except UserError as error:
-        raise error if str(path) in str(error) else UserError(f"{path}: {error}") from error
+    except ValueError as error:  # of mmap too, for a file without bytes
+        named = isinstance(error, UserError) and str(path) in str(error)
+        raise error if named else UserError(f"{path}: {error}") from error
 
 
 def read_pickled(path: Path) -> dict[str, Stored]:
@@ -234,6 +236,8 @@ def _no_storage(pid: object) -> _Storage:
 
 def _storage_id(pid: tuple[Any, ...]) -> tuple[np.dtype, str, int, Any]:
     """dtype, key, number of elements, and view (key, first, number) of older files from a persistent id."""
+    if type(pid) is not tuple or len(pid) not in (5, 6):
+        raise UserError("Something other than a storage is asked for.")
     tag, dtype, key, _, length, *view = pid
     if tag != "storage" or type(key) is not str or type(length) is not int or not isinstance(dtype, np.dtype):
         raise UserError("Something other than a storage with a dtype, key and length is asked for.")
@@ -286,10 +290,18 @@ def _set(items: Any = ()) -> set[Any]:
 
 
 def _key(value: Any) -> Any:
-    """A key of a dict or element of a set: no deep tuples, which overflow the interpreter's stack when hashed."""
+    """A key of a dict or element of a set.
+
+    Deep tuples overflow the interpreter's stack when hashed; long tuples and numbers are hashed anew at every use, and
+    numbers beyond a word can be made to collide.
+    """
     scalars = value if type(value) is tuple else (value,)
-    if any(not isinstance(v, (str, bytes, int, float, complex, type(None), np.dtype)) for v in scalars):
+    if len(scalars) > _KEY_PARTS or not all(
+        isinstance(v, (str, bytes, int, float, type(None), np.dtype)) for v in scalars
+    ):
         raise UserError(f"A {_kind(value)} as a key is not read.")
+    if any(isinstance(v, int) and v.bit_length() > _KEY_BITS for v in scalars):
+        raise UserError("A number of so many digits as a key is not read.")
     return value
 
 
@@ -367,7 +379,7 @@ _MAKERS: dict[str, Callable[..., Any]] = {
     "torch.device": _device,
     **{f"torch.jit._pickle.build_{kind}list": _first for kind in ("int", "tensor", "double", "bool")},
     "torch.jit._pickle.restore_type_tag": _first,
-    "argparse.Namespace": _Namespace,
+    "argparse.Namespace": lambda: _Namespace(),  # a dict made from arguments would hash keys that nobody has checked
     "collections.OrderedDict": _dict,
     "collections.Counter": _dict,
     "collections.defaultdict": lambda factory=None: {},
