@@ -1,9 +1,13 @@
 """ViT and DeiT on ImageNet at 224 px, from class folders or parquet shards.
 
-python -m tokjax.main --config=configs/imagenet.py:s/16 --config.data.path=FOLDER --workdir=runs/s16      # train
-and sweep python -m tokjax.main --config=configs/imagenet.py --mode=eval --config.data.path=FOLDER \
-    --config.init=facebook/deit-small-patch16-224 --config.reduce.name=tome --config.reduce.r=13          # a
-    published one
+Train and sweep:
+
+python -m tokjax.main --config=configs/imagenet.py:s/16 --config.data.path=FOLDER --workdir=runs/s16
+
+Evaluate a published model:
+
+python -m tokjax.main --config=configs/imagenet.py --mode=eval --config.data.path=FOLDER \
+    --config.init=facebook/deit-small-patch16-224 --config.reduce.name=tome --config.reduce.r=13
 """
 
 import ml_collections

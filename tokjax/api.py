@@ -376,8 +376,9 @@ def load(
     Raises:
         UserError: nothing readable there, or tensors that do not fit.
     """
-    folder = Path(source) / "model"  # a training workdir holds its model there
-    source = folder if folder.is_dir() else source
+    local = Path(source).expanduser()
+    folder = local / "model"  # a training workdir holds its model there
+    source, local = (folder, folder) if folder.is_dir() else (source, local)
 
     def place(path: tuple[str | int, ...], array: np.ndarray) -> jax.Array:
         where = sharding(path, array.shape) if callable(sharding) else sharding
@@ -391,14 +392,14 @@ def load(
         return Model(nnx.merge(graph, params), preprocess=preprocess, family=side)
 
     if not isinstance(config, DualConfig):
-        return _with_saved_reducers(model(config, params, checkpoint.preprocess), Path(source) / REDUCERS)
+        return _with_saved_reducers(model(config, params, checkpoint.preprocess), local / REDUCERS)
     dual = DualModel(
         model(config.vision, params["vision"], checkpoint.preprocess),
         model(config.text, params["text"], checkpoint.tokenizer),
         config,
         {name: params[name] for name in ("logit_scale", "logit_bias") if name in params},
     )
-    return _with_saved_reducers(dual, Path(source) / REDUCERS)
+    return _with_saved_reducers(dual, local / REDUCERS)
 
 
 def _with_saved_reducers(model: Any, path: Path) -> Any:
@@ -490,7 +491,7 @@ def save(model: Model | DualModel, folder: str | Path) -> None:
         ValueError: a reducer that `load` could not make again, because it is not registered or its settings are no
             plain values; or a text encoder without its image encoder, which no family has.
     """
-    folder, parts = Path(folder), dict(_parts(model))
+    folder, parts = Path(folder).expanduser(), dict(_parts(model))
     if isinstance(model, Model) and isinstance(model.config, TextConfig):
         raise ValueError("model is a text encoder alone; save the DualModel that it belongs to")
     text = _reducers_text(parts)

@@ -122,6 +122,16 @@ def test_bad_config(trained, tmp_path, change, message):
         run(config, tmp_path, "train" if "loss" in change else "eval")
 
 
+def test_a_model_without_a_tokenizer_is_refused(trained, tmp_path):
+    model = tokjax.load(trained)
+    model.text.preprocess = None
+    tokjax.save(model, tmp_path / "m")
+    config = small(retrieval_scenes.get_config("short"))
+    config.init = str(tmp_path / "m")
+    with pytest.raises(UserError, match="no tokenizer"):
+        run(config, tmp_path, "eval")
+
+
 def test_a_model_without_texts_is_refused(tmp_path):
     from tokjax.models.vit import ViTConfig
 

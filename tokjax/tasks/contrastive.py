@@ -55,9 +55,13 @@ class Contrastive(Experiment):
 
     @functools.cached_property
     def tokenizer(self) -> Any:
-        """The checkpoint's; for a model from scratch the words of the training captions."""
+        """The checkpoint's; for a model from scratch the words of the training captions.
+
+        Raises:
+            UserError: the checkpoint has none.
+        """
         if self.initial is not None:
-            return self.initial.tokenizer
+            return _tokenizer_of(self.initial)
         with user_input():
             captions = self.captions(super().loader("train", train=True).source)
             length = self.config.text.get("length") or TextConfig.length
@@ -148,9 +152,15 @@ class Contrastive(Experiment):
 
     def text_features(self, model: api.DualModel, texts: Sequence[str]) -> Float[np.ndarray, "T E"]:
         """Features at length 1, encoded in batches of one shape."""
-        size, features = self.config.eval_batch_size, []
+        tokenizer, size, features = _tokenizer_of(model), self.config.eval_batch_size, []
         for start in range(0, len(texts), size):
             part = list(texts[start : start + size])
-            ids = self.tokenizer([*part, *[""] * (size - len(part))])
+            ids = tokenizer([*part, *[""] * (size - len(part))])
             features.append(np.asarray(model.encode_text(ids))[: len(part)])
         return np.concatenate(features)
+
+
+def _tokenizer_of(model: api.DualModel) -> Any:
+    if model.tokenizer is None:
+        raise UserError("the model has no tokenizer: put its tokenizer.json (or vocab.json and merges.txt) beside it")
+    return model.tokenizer

@@ -220,8 +220,8 @@ class Experiment(abc.ABC):
         mean, std = tuple(config.mean), tuple(config.std)
         if config.resize.mode == "square":
             return Preprocess(size=size, resize="square", resize_to=size, crop=False, mean=mean, std=std)
-        short = int(min(size) / config.resize.crop_pct)
-        return Preprocess(size=size, resize="short", resize_to=short, mean=mean, std=std)
+        height, width = (int(side / config.resize.crop_pct) for side in size)
+        return Preprocess(size=size, resize="short", resize_to=(height, width), mean=mean, std=std)
 
     def fresh(self) -> Model:
         """The model before training: random weights, or those of `config.init`; with the reducer of `config.reduce`."""
