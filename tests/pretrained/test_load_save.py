@@ -475,7 +475,10 @@ def test_a_stale_processor_is_removed(tmp_path):
         (lambda c: c["tokjax"].update(version=2), "another version"),
         (lambda c: c["tokjax"]["model"].update(colour=1), "colour"),
         (lambda c: c["tokjax"]["model"].update(heads=3), "heads=3"),
-        (lambda c: (c.pop("tokjax"), c.update(hidden_size="wide")), "config|wide|str"),
+        (lambda c: (c.pop("tokjax"), c.update(hidden_size="wide")), "of a wrong type"),
+        (lambda c: (c.pop("tokjax"), c.update(layer_norm_eps="small")), "of a wrong type"),
+        (lambda c: (c.pop("tokjax"), c.update(layer_norm_eps=-1.0)), "norm_eps=-1.0"),
+        (lambda c: (c.pop("tokjax"), c.update(architecture="vit_base_patch16_224", pretrained_cfg="x")), "wrong type"),
         (lambda c: (c.pop("tokjax"), c.update(model_type="swin")), "'swin'"),
     ],
 )

@@ -318,6 +318,8 @@ def check_blocks(cfg: BlockConfig) -> None:
         raise ValueError(f"heads={cfg.heads}: must divide width={cfg.width}")
     if not math.isfinite(cfg.mlp_ratio) or int(cfg.width * cfg.mlp_ratio) < 1:
         raise ValueError(f"mlp_ratio={cfg.mlp_ratio}: must give at least one hidden channel for width={cfg.width}")
+    if not 0 < cfg.norm_eps < math.inf:
+        raise ValueError(f"norm_eps={cfg.norm_eps}: must be above 0 and finite")
     for name, kind in (("gelu", Gelu), ("mlp", MlpKind)):
         if getattr(cfg, name) not in get_args(kind):
             raise ValueError(f"{name}={getattr(cfg, name)!r}: must be one of {', '.join(get_args(kind))}")

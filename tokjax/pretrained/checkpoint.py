@@ -128,8 +128,8 @@ def load_checkpoint(
         blank = family.blank(stored)
         ignored = re.compile(family.ignored)
         names.check(rows, tree, tensors, stored, lambda name: name in blank or ignored.fullmatch(name))
-    except (ValueError, TypeError) as error:  # TypeError: values of another type in a configuration
-        raise UserError(f"{found.path}: {error}") from error
+    except _WRONG_VALUES as error:
+        raise _of(found.path, error) from error
     config = _with_both(stored, scan=scan, **({} if dtype is None else {"dtype": dtype}))
     if image_size is not None:
         config = _at_size(config, (image_size, image_size) if isinstance(image_size, int) else image_size)
@@ -142,13 +142,16 @@ def load_checkpoint(
         return array if place is None else place(path, array)
 
     try:
+        if preprocess is None and _KEY not in found.config:
+            preprocess = family.preprocess(found.config, found.processor, new)
+    except _WRONG_VALUES as error:
+        raise _of(found.path, error) from error
+    try:
         params = names.read_tree(
             rows, tree, tensors, stored, lambda name: name in blank or ignored.fullmatch(name), stacked=scan, place=put
         )
-        if preprocess is None and _KEY not in found.config:
-            preprocess = family.preprocess(found.config, found.processor, new)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{found.path}: {error}") from error
+    except UserError as error:
+        raise _of(found.path, error) from error
     if preprocess is not None and len(preprocess.mean) != new.channels:
         preprocess = None
     if isinstance(preprocess, Preprocess):
@@ -156,6 +159,15 @@ def load_checkpoint(
     source = {"path": str(found.path), "config": found.config, "family": family.side, "format": family.name}
     tokenizer = _tokenizer(found.tokenizer, config) if isinstance(config, DualConfig) else None
     return Checkpoint(config, params, preprocess, source, tokenizer)
+
+
+# What reading a configuration raises whose values are out of range, or of another type than they should be.
+_WRONG_VALUES = (ValueError, TypeError, AttributeError, KeyError)
+
+
+def _of(path: Path, error: Exception) -> UserError:
+    kind = "" if isinstance(error, ValueError) else "a value in its configuration is of a wrong type: "
+    return UserError(f"{path}: {kind}{error}")
 
 
 def _tokenizer(folder: Path | None, config: DualConfig) -> Tokenizer | None:
