@@ -68,6 +68,8 @@ def test_the_image_encoder_of_two_towers_gets_classes(tmp_path):
     config.init = str(tmp_path / "clip")
     task = tasks.make(config, tmp_path / "run", "")
     assert isinstance(task.fresh(), api.Model)
+    with pytest.raises(UserError, match="projection"):
+        task.run("eval")
     start = with_classes(task.fresh(), 10)
     assert set(start.params["model"]["head"]) == {"kernel", "bias"}
     jax.tree.map(np.testing.assert_array_equal, start.params["model"]["blocks"], dual.vision.params["model"]["blocks"])

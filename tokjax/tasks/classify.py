@@ -69,13 +69,14 @@ class Classify(Experiment):
         """Predicted and true class of every readable test image, in order.
 
         Raises:
-            UserError: the data have more classes than the model.
+            UserError: the data have more classes than the model, or its head is a projection, as CLIP's.
         """
         classes, predicted, labels = self.test_loader().source.num_classes, [], []
-        if classes > model.config.num_classes:
+        outputs = model.config.num_classes
+        if classes > outputs or (classes < outputs and not model.config.head_bias):
+            kind = "classes" if model.config.head_bias else "outputs without a bias, a projection"
             raise UserError(
-                f"the test data have {classes} classes, the model {model.config.num_classes}; "
-                f"--mode=train gives it a new head"
+                f"the test data have {classes} classes, the model {outputs} {kind}; --mode=train gives it a new head"
             )
         for batch in self.batches("test", name):
             logits = np.asarray(model(self.inputs(model, batch)))
