@@ -161,6 +161,8 @@ def test_models_and_tokens_that_are_refused():
         tokjax.reduce(tokjax.build(CONFIG), "tomesd", merge_crossattn=True)
     with pytest.raises(ValueError, match="15 tokens: are no grid of 4 x 4"):
         ToMeSD().map(grid_tokens((3, 5)), Context(grid=(4, 4)))
+    with pytest.raises(ValueError, match="18 tokens: are no grid of 4 x 4"):
+        ToMeSD().map(grid_tokens((3, 6)), Context(grid=(4, 4)))
     pruned = tokjax.reduce(tokjax.build(CONFIG), "topk", layers=(1,))
     with pytest.raises(ValueError, match="tokens: tomesd planned for 17"):
         tokjax.reduce(pruned, "tomesd", merge_attn=False, merge_mlp=True, layers=(1,)).token_counts()

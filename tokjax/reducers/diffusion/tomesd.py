@@ -25,7 +25,7 @@ Where we decide:
   published). A context with one key a row draws a grid for every row.
 - Prefix tokens (a ViT's CLS) are protected. A grid without a whole cell does nothing (the published code fails).
 - Padded rows are refused: a grid has none.
-- Where another method shortens the sequence there is no grid to return to: refused.
+- Where another method changes the length of the sequence there is no grid to return to: refused.
 """
 
 import dataclasses
@@ -48,7 +48,7 @@ Grid = tuple[int, int]
 
 def downsampled(latent: Grid, tokens: int) -> int:
     """How many times smaller than the input a block's side is."""
-    return math.ceil(math.sqrt(latent[0] * latent[1] // tokens))
+    return max(math.ceil(math.sqrt(latent[0] * latent[1] // tokens)), 1)
 
 
 def gate(latent: Grid, tokens: int, max_downsample: int) -> Grid | None:
@@ -193,7 +193,7 @@ class ToMeSD:
             return None
         if grid[0] * grid[1] != n:
             raise ValueError(
-                f"{n} tokens: are no grid of {grid[0]} x {grid[1]}; nothing may shorten them before tomesd"
+                f"{n} tokens: are no grid of {grid[0]} x {grid[1]}; no other method may add or drop any"
             )
         chosen = destinations(self.choice(context, cells(grid, stride)), grid, stride)
         found = match(tokens.x[:, p:], chosen if chosen.ndim == 2 else chosen[None], removed(n, self.ratio))

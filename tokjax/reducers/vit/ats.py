@@ -28,7 +28,7 @@ Where we decide:
   that stay, and `overflow`, those that found no slot.
 - Without CLS the norm is taken over all heads in both forms.
 
-Cost: two comparisons of `[samples, N]` a row, no matrix product.
+Cost: two passes over the `[samples, N]` distances of a row and two sorts of N, four with a capacity; no matrix product.
 """
 
 import dataclasses

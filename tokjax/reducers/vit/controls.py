@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from tokjax.hooks import Hook, ModelInfo
-from tokjax.reducers.vit.staged import Staged, ranked, select
+from tokjax.reducers.vit.staged import Staged, drawn, ranked, select
 from tokjax.signals import Signals
-from tokjax.token_map import HardMap, Plan, behind_prefix, rows
+from tokjax.token_map import HardMap, Plan, behind_prefix
 from tokjax.tokens import Tokens
 
 
@@ -43,11 +43,7 @@ class Random(Staged):
         k = self.count(n - p)
         if k >= n - p:
             return None
-        keys = signals.context.row_keys(tokens.batch, self.layer, self.seed)
-        draw = jax.vmap(lambda key: jax.random.uniform(key, (n,)))(keys)
-        if tokens.valid is not None:  # draw number i is for valid token i, wherever the padding stands
-            draw = rows(draw, jnp.cumsum(tokens.valid, -1) - 1)
-        order = ranked(tokens, draw)
+        order = ranked(tokens, drawn(tokens, signals, self.layer, self.seed))
         if tokens.valid is None:
             return Plan(select(tokens, jnp.sort(order[:, :k], -1)), how="keep")
         counts = self.row_counts(tokens)

@@ -33,7 +33,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from tokjax.reducers.vit.staged import Tabled, input_patches
+from tokjax.reducers.vit.staged import Tabled, drawn, input_patches
 from tokjax.signals import Signals
 from tokjax.token_map import HardMap, Plan, behind_prefix, rows
 from tokjax.tokens import Tokens
@@ -142,8 +142,7 @@ class DPCKNN(Tabled):
             return None
         noise = None
         if self.noise:
-            keys = signals.context.row_keys(tokens.batch, self.location, self.seed)
-            noise = self.noise * jax.vmap(lambda key: jax.random.uniform(key, (n,)))(keys)
+            noise = self.noise * drawn(tokens, signals, self.location, self.seed)[:, p:]
         valid = None if tokens.valid is None else tokens.valid[:, p:]
         counts = None if valid is None else self.row_counts(tokens)
         found = clusters(tokens.x[:, p:], k, neighbours=self.neighbours, noise=noise, valid=valid, counts=counts)

@@ -19,7 +19,7 @@ Where we follow the code against the text:
 - Counts are of the patches at the input. The official code has 196 of them hard-coded; the benchmark counts, as here.
 
 Other published locations: LV-ViT-S 4, 8, 12 of 16 blocks, LV-ViT-M 5, 10, 15 of 20.
-Cost: about 1.6 C^2 a token at each location, a fifteenth of a block.
+Cost: about 1.6 C^2 a token at each location, an eighth of a block.
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ from jaxtyping import Array, Float
 
 from tokjax.hooks import Hook, ModelInfo
 from tokjax.models import layers as blocks
-from tokjax.reducers.vit.mergers import linear
+from tokjax.reducers.vit.mergers import linear, locations
 from tokjax.reducers.vit.staged import Tabled, input_patches, ranked, select
 from tokjax.signals import Signals
 from tokjax.token_map import Plan
@@ -132,8 +132,7 @@ class DynamicViT(nnx.Module):
         masked: bool = False,
         seed: int = 0,
     ):
-        layers = None if layers is None else tuple(layers)
-        hooks = Tabled(keep_rate, layers, tuple(kept) if isinstance(kept, Sequence) else kept).hooks(info)
+        hooks = locations(info, keep_rate, layers, kept)
         rngs = nnx.Rngs(seed)
         self.width, self.masked = info.width, masked
         self.stages = nnx.List([Pruner(info.width, hook.layer, hook.reducer, rngs=rngs) for hook in hooks])

@@ -26,7 +26,7 @@ from jaxtyping import Array, Float
 import numpy as np
 
 from tokjax.hooks import Hook, ModelInfo
-from tokjax.reducers.vit.staged import ranked, select
+from tokjax.reducers.vit.staged import behind, ranked, select
 from tokjax.signals import Signals, importance
 from tokjax.token_map import Plan, apply, rows
 from tokjax.tokens import Tokens
@@ -122,9 +122,7 @@ class EvoViT:
         stay = select(tokens, order[:, :most], counts)
         wait = order[:, most:]
         if counts is not None:  # every row waits behind its own count
-            place = jnp.arange(n - most) + counts[:, None]
-            inside = place < tokens.count()[:, None] - p
-            wait = jnp.where(inside, rows(order, jnp.minimum(place, n - 1)), tokens.length)
+            wait = behind(tokens, order, counts, n - most)
         alone = tokens.replace(prefix=0, carry={}, aux={})
         rest = apply(Plan(select(alone, wait), how="keep"), alone)
         through = rows(whole, order[:, :most])

@@ -45,7 +45,7 @@ import numpy as np
 
 from tokjax import schedules
 from tokjax.hooks import Hook, ModelInfo
-from tokjax.reducers.vit.staged import ranked, select
+from tokjax.reducers.vit.staged import behind, drawn, ranked, select
 from tokjax.reducers.vit.tome import similarity, unit
 from tokjax.signals import Signals, attention_rows
 from tokjax.token_map import HardMap, Plan, SpreadMap, rows
@@ -216,7 +216,7 @@ class GTP:
         selection: of the tokens that stay, by the highest score: "mixed_max" (the paper's), or by CLS attention, column
             sum, diagonal, their product or sum, low redundancy ("cosine"), each as mean or maximum over heads; or
             "random".
-        graph: "spatial", "semantic" or "mixed" (either).
+        graph_type: "spatial", "semantic" or "mixed" (either).
         neighbours: of a patch in the semantic graph; the paper searches 1 to 10.
         exact_neighbours: not one more without a class token.
         alpha: weight of what is propagated, 0.1 to 0.5 in the paper.
@@ -305,10 +305,7 @@ class GTP:
 
     def _score(self, tokens: Tokens, signals: Signals) -> Float[Array, "B N"]:
         if self.selection == "random":
-            keys = signals.context.row_keys(tokens.batch, self.layer, self.seed)
-            draw = jax.vmap(lambda key: jax.random.normal(key, (tokens.length,)))(keys)
-            # Draw number i is for valid token i, wherever the padding stands.
-            return draw if tokens.valid is None else rows(draw, jnp.cumsum(tokens.valid, -1) - 1)
+            return drawn(tokens, signals, self.layer, self.seed, jax.random.normal)
         if signals.weights is None and self.selection.startswith("cls") and self.sparsity == 1:
             score = scores(attention_rows(signals, slice(0, 1)), self.selection)
         else:
@@ -333,9 +330,7 @@ class GTP:
             patches = tokens.count() - p
             leaving = jnp.minimum(number, jnp.maximum(patches - 1, 0))
             counts = patches - leaving
-            rank = counts[:, None] + jnp.arange(number)
-            left = jnp.take_along_axis(order, jnp.minimum(rank, n - p - 1), 1)
-            left = jnp.where(jnp.arange(number) < leaving[:, None], left, n)
+            left = behind(tokens, order, counts, number)
             stay = jnp.where(jnp.arange(n - p - number) < counts[:, None], stay, n)
         if self.place_order:
             stay = jnp.sort(stay, -1)

@@ -47,6 +47,14 @@ class Merger(nnx.Module):
         return Plan(behind_prefix(SoftMap(weights, anchor), p), how="sum", x=features)
 
 
+def locations(
+    info: ModelInfo, keep_rate: float, layers: Sequence[int] | None, kept: int | Sequence[int] | None
+) -> list[Hook]:
+    """Where tokens leave, and how many (`Tabled`), from settings that may be lists."""
+    layers = None if layers is None else tuple(layers)
+    return Tabled(keep_rate, layers, tuple(kept) if isinstance(kept, Sequence) else kept).hooks(info)
+
+
 class Mergers(nnx.Module):
     """A merger for each location, before its block; counts as of `Tabled`."""
 
@@ -58,8 +66,7 @@ class Mergers(nnx.Module):
         layers: Sequence[int] | None,
         kept: int | Sequence[int] | None,
     ):
-        layers = None if layers is None else tuple(layers)
-        hooks = Tabled(keep_rate, layers, tuple(kept) if isinstance(kept, Sequence) else kept).hooks(info)
+        hooks = locations(info, keep_rate, layers, kept)
         self.width = info.width
         self.layers = tuple(hook.layer for hook in hooks)
         self.stages = nnx.List([make(hook.reducer.count(info.length - info.prefix)) for hook in hooks])

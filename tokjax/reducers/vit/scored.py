@@ -40,7 +40,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from tokjax.hooks import Hook, ModelInfo
 from tokjax.reducers.vit import pitome
-from tokjax.reducers.vit.staged import Staged, ranked, select
+from tokjax.reducers.vit.staged import Staged, drawn, ranked, select
 from tokjax.reducers.vit.tome import proposals, similarity, unit
 from tokjax.signals import Signals, attention_rows, importance, mean_key
 from tokjax.token_map import HardMap, Plan, rows
@@ -173,10 +173,7 @@ class Scored(Staged):
         elif self.score == "entropy":
             score = -entropy(signals)
         else:
-            keys = signals.context.row_keys(tokens.batch, self.layer, self.seed)
-            score = jax.vmap(lambda key: jax.random.uniform(key, (tokens.length,)))(keys)
-            if valid is not None:  # draw number i is for valid token i, wherever the padding stands
-                score = rows(score, jnp.cumsum(valid, -1) - 1)
+            score = drawn(tokens, signals, self.layer, self.seed)
         return jax.lax.stop_gradient(score if self.highest else -score)
 
     def plan(self, tokens: Tokens, signals: Signals) -> Plan | None:

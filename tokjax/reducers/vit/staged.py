@@ -3,16 +3,19 @@
 Counts are those of EViT's code (Liang et al. 2022): ceil(keep_rate * tokens left), in double precision.
 """
 
+from collections.abc import Callable
 import dataclasses
 from typing import ClassVar
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import numpy as np
 
 from tokjax import schedules
 from tokjax.hooks import Hook, ModelInfo, Where
-from tokjax.token_map import HardMap
+from tokjax.signals import Signals
+from tokjax.token_map import HardMap, rows
 from tokjax.tokens import Tokens
 
 
@@ -133,6 +136,22 @@ def ranked(tokens: Tokens, score: Float[Array, "B N"], counts: Int[Array, "B"] |
     if tokens.valid is not None:
         score = jnp.where(tokens.valid, score, -jnp.inf)
     return jnp.argsort(-score[:, tokens.prefix :], axis=-1, stable=True) + tokens.prefix
+
+
+def behind(tokens: Tokens, order: Int[Array, "B P"], counts: Int[Array, "B"], number: int) -> Int[Array, "B R"]:
+    """The `number` tokens of an order behind each row's own first `counts`; N where the row has no more."""
+    place = counts[:, None] + jnp.arange(number)
+    inside = place < tokens.count()[:, None] - tokens.prefix
+    return jnp.where(inside, jnp.take_along_axis(order, jnp.minimum(place, order.shape[1] - 1), 1), tokens.length)
+
+
+def drawn(
+    tokens: Tokens, signals: Signals, salt: int, seed: int, sample: Callable[..., Array] = jax.random.uniform
+) -> Float[Array, "B N"]:
+    """A draw for every token: number i is for valid token i of its row, wherever the padding stands."""
+    keys = signals.context.row_keys(tokens.batch, salt, seed)
+    draws = jax.vmap(lambda key: sample(key, (tokens.length,)))(keys)
+    return draws if tokens.valid is None else rows(draws, jnp.cumsum(tokens.valid, -1) - 1)
 
 
 def select(tokens: Tokens, chosen: Int[Array, "B K"], counts: Int[Array, "B"] | None = None) -> HardMap:

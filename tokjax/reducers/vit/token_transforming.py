@@ -31,7 +31,7 @@ from jaxtyping import Array, Float, Int
 
 from tokjax import schedules
 from tokjax.hooks import Hook, ModelInfo
-from tokjax.reducers.vit.staged import ranked, select
+from tokjax.reducers.vit.staged import behind, ranked, select
 from tokjax.reducers.vit.tome import similarity, unit
 from tokjax.signals import Signals, importance, mean_key
 from tokjax.token_map import Plan, SoftMap, SpreadMap, TokenMap, rows
@@ -126,15 +126,12 @@ class TokenTransforming:
 
     def _hard(self, tokens, metric, anchors, order, counts) -> SpreadMap:
         """Anchors stay whole, the others spread."""
-        n, p, kept = tokens.length, tokens.prefix, anchors.shape[1] - tokens.prefix
-        others = order[:, kept:]
+        others = order[:, anchors.shape[1] - tokens.prefix :]
         if counts is not None:  # every row's others begin behind its own anchors
-            rank = counts[:, None] + jnp.arange(others.shape[1])
-            others = jnp.take_along_axis(order, jnp.minimum(rank, n - p - 1), 1)
-            others = jnp.where(rank < tokens.count()[:, None] - p, others, n)
+            others = behind(tokens, order, counts, others.shape[1])
         scores = similarity(rows(metric, others), rows(metric, anchors))  # 2
         share = self._shares(scores, anchors, tokens)
-        return SpreadMap(anchors, others, share.swapaxes(1, 2), n)
+        return SpreadMap(anchors, others, share.swapaxes(1, 2), tokens.length)
 
     def _soft(self, tokens, metric, anchors) -> SoftMap:
         """Anchors spread as well; only protected tokens stay whole."""
