@@ -122,6 +122,13 @@ def test_bad_config(trained, tmp_path, change, message):
         run(config, tmp_path, "train" if "loss" in change else "eval")
 
 
+def test_a_model_without_a_bias_has_no_sigmoid_loss(trained, tmp_path):
+    config = small(retrieval_scenes.get_config("short"))
+    config.init, config.loss = str(trained / "model"), "siglip"
+    with pytest.raises(UserError, match="needs a logit_bias"):
+        run(config, tmp_path, "train")
+
+
 def test_a_model_without_a_tokenizer_is_refused(trained, tmp_path):
     model = tokjax.load(trained)
     model.text.preprocess = None

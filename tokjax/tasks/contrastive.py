@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -53,6 +54,11 @@ class Contrastive(Experiment):
 
     both_towers = True
 
+    def __init__(self, config: ml_collections.ConfigDict, workdir: Path, command: str):
+        super().__init__(config, workdir, command)
+        if config.loss not in LOSSES:
+            raise UserError(f"config.loss={config.loss!r}: must be one of {', '.join(LOSSES)}")
+
     @functools.cached_property
     def tokenizer(self) -> Any:
         """The checkpoint's; for a model from scratch the words of the training captions.
@@ -80,8 +86,6 @@ class Contrastive(Experiment):
 
     def build(self) -> api.DualModel:
         config, size = self.config, tuple(self.config.data.image_size)
-        if config.loss not in LOSSES:
-            raise ValueError(f"config.loss={config.loss!r}: must be one of {', '.join(LOSSES)}")
 
         def given(fields: ml_collections.ConfigDict) -> dict[str, Any]:
             return {k: v for k, v in fields.to_dict().items() if k != "preset" and v is not None}
@@ -117,6 +121,8 @@ class Contrastive(Experiment):
 
     def train(self) -> None:
         model, siglip = self.fresh(), self.config.loss == "siglip"
+        if siglip and model.config.logit_bias is None:
+            raise UserError(f"config.loss='siglip': needs a logit_bias, which {self.config.init} does not have")
 
         def loss(params, batch, key):
             out = model.forward(params, batch["image"], batch["ids"], key=key, train=True)
