@@ -23,7 +23,7 @@ from tokjax.models.dual import DualConfig, DualOutput, unit
 from tokjax.models.text import Text, TextConfig
 from tokjax.models.transformer import Blocks, LayerTrace, Output, skeleton
 from tokjax.models.vit import Patches, ViT, ViTConfig
-from tokjax.pretrained.checkpoint import load_checkpoint, save_checkpoint
+from tokjax.pretrained.checkpoint import load_checkpoint, save_checkpoint, write_whole
 from tokjax.pretrained.files import Tensors
 
 Family = Literal["hf", "timm"]
@@ -515,13 +515,9 @@ def save(model: Model | DualModel, folder: str | Path) -> None:
         for key, leaf in jax.tree.leaves_with_path(part.params.get("reducers", {}))
     }
     if learned:
-        part = folder / f"{REDUCER_WEIGHTS}.part"
-        save_file(learned, part)
-        part.replace(folder / REDUCER_WEIGHTS)
+        write_whole(folder / REDUCER_WEIGHTS, lambda path: save_file(learned, path))
     if model.methods:
-        part = folder / f"{REDUCERS}.part"
-        part.write_text(text)
-        part.replace(folder / REDUCERS)
+        write_whole(folder / REDUCERS, lambda path: path.write_text(text))
 
 
 def _reducers_text(parts: Mapping[str, Model]) -> str:

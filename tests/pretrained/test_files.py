@@ -324,6 +324,7 @@ def test_the_configuration_is_that_of_the_weights(tmp_path, names, config):
     [
         (["tokenizer.json"], True),
         (["vocab.json", "merges.txt"], True),
+        (["bpe_simple_vocab_16e6.txt.gz"], True),
         (["spiece.model"], True),
         (["vocab.json"], False),
         (["tokenizer_config.json"], False),

@@ -270,14 +270,14 @@ def save_checkpoint(
     processor = to_processor(preprocess) if preprocess and form.side == "hf" else None
     folder.mkdir(parents=True, exist_ok=True)
     # Transformers refuses a file that does not say which framework's layout it has.
-    _write(folder / files.WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    write_whole(folder / files.WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     if processor:
-        _write(folder / files.PROCESSOR, lambda path: _write_json(path, processor))
+        write_whole(folder / files.PROCESSOR, lambda path: _write_json(path, processor))
     else:
         (folder / files.PROCESSOR).unlink(missing_ok=True)
     if tokenizer is not None:
         tokenizer.save(folder)
-    _write(folder / files.CONFIG, lambda path: _write_json(path, {**form.describe(config, preprocess), _KEY: own}))
+    write_whole(folder / files.CONFIG, lambda path: _write_json(path, {**form.describe(config, preprocess), _KEY: own}))
 
 
 def _unstacked(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -288,7 +288,8 @@ def _unstacked(params: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def _write(path: Path, write: Callable[[Path], object]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Lets `write` fill a temporary file beside `path`, which then takes its place."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.touch()

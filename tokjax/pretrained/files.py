@@ -284,7 +284,8 @@ def _tensors(path: Path) -> Tensors:
 
 
 def _tokenizer(folder: Path) -> Path | None:
-    kinds = ((TOKENIZER,), ("vocab.json", "merges.txt"), ("spiece.model",))
+    openai = [(f"bpe_simple_vocab_16e6.txt{packed}",) for packed in (".gz", "")]
+    kinds = ((TOKENIZER,), ("vocab.json", "merges.txt"), *openai, ("spiece.model",))
     return folder if any(all((folder / name).exists() for name in kind) for kind in kinds) else None
 
 
