@@ -6,7 +6,7 @@ python -m tokjax.main --config=configs/dense_scenes.py --workdir=runs/dense_scen
 Probes on a frozen checkpoint and one's own images and masks (`SegmentationFolder`); nothing is trained:
 
 python -m tokjax.main --config=configs/dense_scenes.py:probe --config.data.path=FOLDER \
-    --config.data.image_size="(224, 224)" --config.data.patch_size=14 --config.init=facebook/dinov2-small \
+    --config.init_image_size="(224, 224)" --config.data.patch_size=14 --config.init=facebook/dinov2-small \
     --workdir=runs/dense_probe
 """
 

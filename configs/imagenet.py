@@ -4,7 +4,7 @@ Train and sweep:
 
 python -m tokjax.main --config=configs/imagenet.py:s/16 --config.data.path=FOLDER --workdir=runs/s16
 
-Evaluate a published model:
+Evaluate a published model, at its own image size and in float32 (--config.init_dtype=bfloat16 for speed):
 
 python -m tokjax.main --config=configs/imagenet.py --mode=eval --config.data.path=FOLDER \
     --config.init=facebook/deit-small-patch16-224 --config.reduce.name=tome --config.reduce.r=13

@@ -265,3 +265,11 @@ def test_bad_patches():
         model(NAFLEX)(good.replace(patches=good.patches[..., :12]))
     with pytest.raises(ValueError, match="valid has shape"):
         model(NAFLEX)(good.replace(valid=good.valid[:, :3]))
+
+
+@pytest.mark.parametrize("cfg", [ROPE, SIGLIP], ids=["dinov3", "siglip"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision(cfg, dtype):
+    half = tokjax.build(dataclasses.replace(cfg, dtype=dtype)).with_params(model(cfg).params)
+    whole = model(cfg)(images(cfg))
+    np.testing.assert_allclose(half(images(cfg)), whole, atol=0.05 * float(np.abs(whole).max()))

@@ -351,6 +351,13 @@ def test_compressed_archives(tmp_path):
     np.testing.assert_array_equal(pickled.read_pickled(tmp_path / "a.pth")["w"].read(), SIX.reshape(2, 3))
 
 
+def test_an_archive_that_unpacks_to_a_thousand_times_its_size_is_refused(tmp_path):
+    zeros = {"0": np.zeros(1 << 20, np.float32)}
+    write_zip(tmp_path / "a.pth", named(w=tensor()), storages=zeros, compression=zipfile.ZIP_DEFLATED)
+    with pytest.raises(UserError, match="no file of weights"):
+        pickled.read_pickled(tmp_path / "a.pth")["w"].read()
+
+
 def test_big_endian_files_are_refused(tmp_path):
     write_zip(tmp_path / "a.pth", named(w=tensor()), byteorder=b"big")
     with pytest.raises(UserError, match="big-endian"):

@@ -129,6 +129,23 @@ def test_eval_of_a_published_checkpoint_uses_its_preprocessing(image_tree, tmp_p
     assert rows[1]["macs"] < rows[0]["macs"]
 
 
+def test_a_checkpoint_is_evaluated_at_its_own_size_and_precision(image_tree, tmp_path):
+    """Whatever the config says of a model from scratch; another size must be asked for."""
+    published(tmp_path / "hf", size=40)
+    config = shrink(config_of("imagenet"))
+    config.model.dtype = "bfloat16"
+    config.data.path, config.init = str(image_tree), str(tmp_path / "hf")
+    assert tuple(config.data.image_size) != (40, 40)
+    task = tasks.make(config, tmp_path / "run", "")
+    assert (task.initial.config.image_size, task.initial.config.dtype) == ((40, 40), "float32")
+    for train in (False, True):
+        assert next(iter(task.loader("train", train=train)))["image"].shape[1:] == (40, 40, 3)
+    config.init_image_size, config.init_dtype = (24, 32), "bfloat16"
+    task = tasks.make(config, tmp_path / "run", "")
+    assert (task.initial.config.image_size, task.initial.config.dtype) == ((24, 32), "bfloat16")
+    assert next(iter(task.test_loader()))["image"].shape[1:] == (24, 32, 3)
+
+
 def test_a_checkpoint_with_other_classes_gets_new_heads_only_in_training(image_tree, tmp_path):
     start = published(tmp_path / "hf", classes=2)
     config = shrink(config_of("imagenet"))

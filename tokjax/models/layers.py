@@ -44,10 +44,16 @@ def attention(signals: Signals, implementation: Literal["xla", "cudnn"] = "xla")
     if implementation == "cudnn" and bias is not None and bias.shape[1] == bias.shape[2] == 1:
         query, key, value = bias_as_columns(query, key, value, bias[:, 0, 0], rule.scale)
         bias = None
-    out = jax.nn.dot_product_attention(
-        query, key, value, bias=bias, scale=rule.scale, is_causal=causal, implementation=implementation
-    )
+    out = fused(query, key, value, bias=bias, scale=rule.scale, is_causal=causal, implementation=implementation)
     return out[..., : signals.need("value").shape[-1]]
+
+
+def fused(query: Array, key: Array, value: Array, **options: Any) -> Float[Array, "B N H D"]:
+    """`jax.nn.dot_product_attention`, by way of float32 where a CPU has no float16 products with float32 sums."""
+    if query.dtype == jnp.float16 and jax.default_backend() == "cpu":
+        wide = (x.astype(jnp.float32) for x in (query, key, value))
+        return jax.nn.dot_product_attention(*wide, **options).astype(jnp.float16)
+    return jax.nn.dot_product_attention(query, key, value, **options)
 
 
 def bias_as_columns(
@@ -130,7 +136,7 @@ class AttentionPool(nnx.Module):
         query, key, value = (y.reshape(*y.shape[:2], self.heads, c // self.heads) for y in (query, key, value))
         on_keys = tokens.attention_bias()
         on_keys = None if on_keys is None else on_keys[:, None, None]
-        out = jax.nn.dot_product_attention(query, key, value, bias=on_keys)
+        out = fused(query, key, value, bias=on_keys)
         pooled = self.proj(out.reshape(len(x), 1, c))
         return (pooled + self.mlp(self.norm(pooled).astype(x.dtype)))[:, 0]
 

@@ -15,6 +15,9 @@ from tokjax.pretrained.stored import map_bytes
 
 _DAMAGE = (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError, RuntimeError, ValueError)
 
+# Torch and numpy hardly compress weights; what shrinks more is made to fill the memory.
+_RATIO, _SMALL = 64, 1 << 20
+
 
 class Archive:
     """A zip archive, opened for reading.
@@ -53,6 +56,10 @@ class Archive:
             start = self._start(member)
             found = self._bytes[start : start + length]
         else:
+            if member.file_size > _RATIO * member.compress_size + _SMALL:
+                raise UserError(
+                    f"{self.path}: {name} unpacks to {member.file_size} bytes, which is no file of weights."
+                )
             try:
                 with zipfile.ZipFile(self.path) as archive, archive.open(member) as file:
                     found = np.frombuffer(file.read(length), np.uint8)

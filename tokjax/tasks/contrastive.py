@@ -110,7 +110,7 @@ class Contrastive(Experiment):
             return super().loader(split, train=False)
         config = self.config
         return data.make(
-            config.data,
+            self.at_size(config.data),
             split,
             batch_size=config.batch_size,
             train=True,

@@ -48,6 +48,9 @@ def default_config(task: str) -> ml_collections.ConfigDict:
     config.batch_size = 64  # of training
     config.eval_batch_size = 128
     config.init = ""  # a checkpoint to start from: folder, file or hub id; empty: random weights
+    # Its own image size, which the data then have too, and float32, unless another is named here.
+    config.init_image_size = config_dict.placeholder(tuple)
+    config.init_dtype = config_dict.placeholder(str)
     config.model = model_config("s/16")
     config.reduce = reduce = ml_collections.ConfigDict()  # a reducer that is on in every mode; empty: none
     reduce.name = ""
@@ -186,12 +189,14 @@ class Experiment(abc.ABC):
     @functools.cached_property
     def initial(self) -> Model | None:
         """The checkpoint of `config.init`, if there is one; its preprocessing wins over the config's."""
-        return self._loaded(self.config.init) if self.config.init else None
+        config = self.config
+        if not config.init:
+            return None
+        return self._loaded(config.init, image_size=config.init_image_size, dtype=config.init_dtype)
 
-    def _loaded(self, source: str | Path) -> Model:
+    def _loaded(self, source: str | Path, **options: Any) -> Model:
         with user_input():
-            size, dtype = tuple(self.config.data.image_size), self.config.model.get("dtype")
-            model = api.load(source, image_size=size, dtype=dtype)
+            model = api.load(source, **options)
         two = isinstance(model, api.DualModel)
         if self.both_towers and not two:
             raise UserError(f"{source} holds no text encoder, which task {self.config.task!r} needs")
@@ -272,7 +277,7 @@ class Experiment(abc.ABC):
         """A split for training, or in order and without augmentation, as the checkpoint of `config.init` wants it."""
         config = self.config
         return data.make(
-            config.data,
+            self.at_size(config.data),
             split,
             batch_size=config.batch_size if train else config.eval_batch_size,
             train=train,
@@ -280,6 +285,14 @@ class Experiment(abc.ABC):
             transform=None if train else self.transform(),
             normalise=self.normalise(),
         )
+
+    def at_size(self, config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+        """A data config with the image size of the checkpoint of `config.init`, where there is one."""
+        if self.initial is None:
+            return config
+        sized = config.copy_and_resolve_references()
+        sized.image_size = self.encoder(self.initial).config.image_size
+        return sized
 
     def evaluation_loader(self, split: str) -> data.Loader:
         """A split in order, opened once."""

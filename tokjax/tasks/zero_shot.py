@@ -38,7 +38,7 @@ class ZeroShot(Contrastive):
         if train:
             return super().loader(split, train=True)
         return data.make(
-            self.config.zero_shot.data,
+            self.at_size(self.config.zero_shot.data),
             split,
             batch_size=self.config.eval_batch_size,
             train=False,

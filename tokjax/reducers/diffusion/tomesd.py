@@ -192,9 +192,7 @@ class ToMeSD:
         if grid is None or 0 in cells(grid, stride):
             return None
         if grid[0] * grid[1] != n:
-            raise ValueError(
-                f"{n} tokens: are no grid of {grid[0]} x {grid[1]}; no other method may add or drop any"
-            )
+            raise ValueError(f"{n} tokens: are no grid of {grid[0]} x {grid[1]}; no other method may add or drop any")
         chosen = destinations(self.choice(context, cells(grid, stride)), grid, stride)
         found = match(tokens.x[:, p:], chosen if chosen.ndim == 2 else chosen[None], removed(n, self.ratio))
         return None if found is None else behind_prefix(found, p)
