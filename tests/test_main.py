@@ -141,8 +141,9 @@ def test_workdir_without_a_model(cli, mode):
 def test_size_of_the_data_that_a_checkpoint_cannot_take(cli, saved):
     size = "--config.data.image_size=(30, 30)"
     init = f"--config.init={saved / 'model'}"
-    for where in (f"--workdir={saved}", init):
-        assert_refused(cli(DIGITS, "--mode=eval", where, size), "(30, 30)", "patch_size=8")
+    assert_refused(cli(DIGITS, "--mode=eval", f"--workdir={saved}", size), "(30, 30)", "(32, 32)")
+    small = "--config.init_image_size=(3, 30)"
+    assert_refused(cli(DIGITS, "--mode=eval", init, small), "(3, 30)", "patch_size=8")
 
 
 def test_data_of_more_classes_than_a_checkpoint(cli, tmp_path):

@@ -19,7 +19,7 @@ from tokjax.models.text import TextConfig
 from tokjax.models.vit import ViTConfig, preset
 from tokjax.pretrained.tokenizer import Tokenizer
 from tokjax.tasks import experiment
-from tokjax.tasks.experiment import Experiment, user_input
+from tokjax.tasks.experiment import Experiment, user_input, whole_patches
 from tokjax.train.losses import clip_loss, siglip_loss
 
 MAX_SCALE = 100.0  # of CLIP's logits in training (Radford et al. 2021, section 2.5)
@@ -91,7 +91,7 @@ class Contrastive(Experiment):
             return {k: v for k, v in fields.to_dict().items() if k != "preset" and v is not None}
 
         head = {"image_size": size, "num_classes": config.embed_dim, "head_bias": False, **given(config.model)}
-        vision = preset(config.model.preset, **head) if config.model.preset else ViTConfig(**head)
+        vision = whole_patches(preset(config.model.preset, **head) if config.model.preset else ViTConfig(**head))
         text = TextConfig(
             **{
                 "vocab_size": self.tokenizer.vocab_size,

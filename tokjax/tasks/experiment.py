@@ -93,6 +93,17 @@ def model_config(name: str = "", **changes: Any) -> ml_collections.ConfigDict:
     return config
 
 
+def whole_patches(config: ViTConfig) -> ViTConfig:
+    """The config of a model from scratch, which shall not leave pixels unseen.
+
+    Raises:
+        ValueError: an image size that the patches do not divide.
+    """
+    if any(side % config.patch_size for side in config.image_size):
+        raise ValueError(f"image_size={config.image_size}: must be multiples of patch_size={config.patch_size}")
+    return config
+
+
 @contextlib.contextmanager
 def user_input() -> Iterator[None]:
     """Errors of values that come from the config are the user's to mend."""
@@ -216,7 +227,7 @@ class Experiment(abc.ABC):
         fields = {k: v for k, v in config.model.to_dict().items() if k != "preset" and v is not None}
         outputs = fields.pop("num_classes", None) or self.outputs()
         fields = {"image_size": size, "num_classes": outputs, **fields}
-        shape = preset(config.model.preset, **fields) if config.model.preset else ViTConfig(**fields)
+        shape = whole_patches(preset(config.model.preset, **fields) if config.model.preset else ViTConfig(**fields))
         return api.build(shape, config.seed, preprocess=self.preprocess(size))
 
     def preprocess(self, size: tuple[int, int]) -> Preprocess:
@@ -243,6 +254,13 @@ class Experiment(abc.ABC):
             return model
         return api.reduce(model.unreduced, name, **settings)
 
+    def _fitting(self, model: Model) -> Model:
+        """The workdir's model, if the data have its size."""
+        config, size = self.encoder(model).config, tuple(self.at_size(self.config.data).image_size)
+        if config.position != "naflex" and config.image_size != size:
+            raise UserError(f"config.data.image_size={size}: the model in {self.finished} takes {config.image_size}")
+        return model
+
     def parameters(self, model: Model) -> PyTree:
         """What training changes: the model's parameters, and of whatever is trained beside it."""
         return model.params
@@ -260,7 +278,7 @@ class Experiment(abc.ABC):
         checkpoints = Checkpoints(self.workdir / "checkpoints")
         if (self.finished / "config.json").is_file():
             with user_input():
-                return self._reduced(self._loaded(self.finished))
+                return self._fitting(self._reduced(self._loaded(self.finished)))
         if checkpoints.steps():
             model = self.fresh()
             return self.with_parameters(model, checkpoints.restore_params(self.parameters(model), "best"))
