@@ -31,8 +31,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from tokjax.hooks import Hook, ModelInfo
-from tokjax.models import layers as blocks
-from tokjax.reducers.vit.mergers import linear, locations
+from tokjax.reducers.vit.mergers import layer_norm, linear, locations
 from tokjax.reducers.vit.staged import Tabled, input_patches, ranked, select
 from tokjax.signals import Signals
 from tokjax.token_map import Plan
@@ -45,7 +44,7 @@ class Predictor(nnx.Module):
     """Log-probabilities to keep (channel 0) and to drop a token, from it and from the mean of those that are left."""
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):
-        self.norm = blocks.layer_norm(width, 1e-5, rngs)
+        self.norm = layer_norm(width, 1e-5, rngs)
         self.inner = linear(width, width, rngs)
         self.out = nnx.List(
             [linear(*sizes, rngs) for sizes in ((width, width // 2), (width // 2, width // 4), (width // 4, 2))]

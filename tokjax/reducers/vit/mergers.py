@@ -17,6 +17,11 @@ from tokjax.token_map import Plan, SoftMap, behind_prefix
 from tokjax.tokens import MASKED, Tokens
 
 
+def layer_norm(width: int, eps: float, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """Runs in float32, with the exact, two-pass variance."""
+    return nnx.LayerNorm(width, epsilon=eps, use_fast_variance=False, dtype=jnp.float32, rngs=rngs)
+
+
 class Merger(nnx.Module):
     """Merges the tokens behind the prefix at one location."""
 

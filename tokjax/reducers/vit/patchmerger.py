@@ -21,8 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from tokjax.hooks import ModelInfo
-from tokjax.models import layers as blocks
-from tokjax.reducers.vit.mergers import Merger, Mergers, softmax_over_tokens
+from tokjax.reducers.vit.mergers import Merger, Mergers, layer_norm, softmax_over_tokens
 
 
 class Queries(Merger):
@@ -30,7 +29,7 @@ class Queries(Merger):
 
     def __init__(self, width: int, count: int, scaled: bool = False, *, rngs: nnx.Rngs):
         self.count, self.scale = count, width**-0.5 if scaled else 1.0
-        self.norm = blocks.layer_norm(width, 1e-5, rngs)
+        self.norm = layer_norm(width, 1e-5, rngs)
         self.queries = nnx.Param(jax.random.normal(rngs.params(), (count, width), jnp.float32))
 
     def weights(

@@ -19,8 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from tokjax.hooks import ModelInfo
-from tokjax.models import layers as blocks
-from tokjax.reducers.vit.mergers import Merger, Mergers, linear, softmax_over_tokens
+from tokjax.reducers.vit.mergers import Merger, Mergers, layer_norm, linear, softmax_over_tokens
 
 
 class Slimming(Merger):
@@ -28,7 +27,7 @@ class Slimming(Merger):
 
     def __init__(self, width: int, count: int, *, rngs: nnx.Rngs):
         self.count = count
-        self.norm = blocks.layer_norm(width, 1e-5, rngs)
+        self.norm = layer_norm(width, 1e-5, rngs)
         self.hidden, self.out = linear(width, width // 2, rngs), linear(width // 2, count, rngs)
         self.scale = nnx.Param(jnp.ones((), jnp.float32))
 

@@ -23,8 +23,7 @@ from jaxtyping import Array, Bool, Float
 
 from tokjax import schedules
 from tokjax.hooks import ModelInfo
-from tokjax.models import layers as blocks
-from tokjax.reducers.vit.mergers import Merger, Mergers, linear, softmax_over_tokens
+from tokjax.reducers.vit.mergers import Merger, Mergers, layer_norm, linear, softmax_over_tokens
 
 Version = Literal["v1.1", "v1"]
 BOTTLENECK = 64
@@ -45,7 +44,7 @@ class DenseMaps(Merger):
 
     def __init__(self, width: int, count: int, *, rngs: nnx.Rngs):
         self.count = count
-        self.norm, self.masks = blocks.layer_norm(width, 1e-6, rngs), Masks(width, count, rngs=rngs)
+        self.norm, self.masks = layer_norm(width, 1e-6, rngs), Masks(width, count, rngs=rngs)
 
     def weights(
         self, z: Float[Array, "B n C"], valid: Bool[Array, "B n"] | None
@@ -60,7 +59,7 @@ class ConvMaps(Merger):
         self, width: int, count: int, grid: tuple[int, int], how: Literal["sum", "mean"] = "sum", *, rngs: nnx.Rngs
     ):
         self.count, self.grid, self.how = count, grid, how
-        self.norm = blocks.layer_norm(width, 1e-6, rngs)
+        self.norm = layer_norm(width, 1e-6, rngs)
         inputs = (width, *(count,) * 3)
         self.convs = nnx.List(
             [nnx.Conv(c, count, (3, 3), use_bias=False, precision="highest", rngs=rngs) for c in inputs]
@@ -83,7 +82,7 @@ class Fuser(nnx.Module):
     """Mixes learned tokens with each other and spreads them over the original positions."""
 
     def __init__(self, width: int, tokens: int, *, rngs: nnx.Rngs):
-        self.norm1, self.norm2, self.norm = (blocks.layer_norm(width, 1e-6, rngs) for _ in range(3))
+        self.norm1, self.norm2, self.norm = (layer_norm(width, 1e-6, rngs) for _ in range(3))
         self.across = nnx.Linear(
             tokens, tokens, kernel_init=nnx.initializers.zeros, precision="highest", rngs=rngs
         )  # over the token axis
