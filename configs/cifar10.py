@@ -2,7 +2,7 @@
 
 python -m tokjax.main --config=configs/cifar10.py --config.data.path=FOLDER --workdir=runs/cifar10
 python -m tokjax.main --config=configs/cifar10.py:small --config.data.path=FOLDER   # for two cores: minutes, not hours
-python -m tokjax.main --config=configs/cifar10.py:deep --config.data.path=FOLDER --mode=train --workdir=runs/cifar10_deep
+python -m tokjax.main --config=configs/cifar10.py:deep --config.data.path=FOLDER --workdir=runs/cifar10_deep
 """
 
 import ml_collections

@@ -1,8 +1,9 @@
 """Turns a reducer's knob until a model costs what it should, so that any two methods compare at equal cost."""
 
+from collections.abc import Sequence
 import dataclasses
 import math
-from typing import Any
+from typing import Any, overload
 
 from flax import nnx
 import jax
@@ -10,6 +11,8 @@ from jaxtyping import PyTree
 import numpy as np
 
 from tokjax import api, reducers
+
+CLOSE = 0.005  # of the unreduced model's cost: nearer to a target than this, finer settings are not looked for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Solution:
         return self.reachable[0] <= self.target <= self.reachable[1]
 
 
+@overload
 def solve(
     name: str,
     model: api.Model | api.DualModel,
@@ -47,14 +51,25 @@ def solve(
     tower: api.Tower = "vision",
     inputs: PyTree | None = None,
     **settings: Any,
-) -> Solution:
+) -> Solution: ...
+@overload
+def solve(
+    name: str,
+    model: api.Model | api.DualModel,
+    *,
+    macs: Sequence[float],
+    tower: api.Tower = "vision",
+    inputs: PyTree | None = None,
+    **settings: Any,
+) -> list[Solution]: ...
+def solve(name, model, *, macs=None, tokens=None, tower="vision", inputs=None, **settings):
     """The registered reducer `name`, with its knob set so that the cost comes nearest to the target.
 
     Args:
         name: a registered reducer.
         model: unreduced, or with reducers that stay.
         tower: of a model with two, the one to reduce and to measure.
-        macs: target share of this model's multiply-accumulates, in (0, 1].
+        macs: target share of this model's multiply-accumulates, in (0, 1]; or several of them, which gives a list.
         tokens: target share of its mean number of tokens entering the MLPs, in (0, 1]; give one of the two.
         inputs: a batch, as the model takes it, on which the cost of a reducer is counted whose lengths depend on the
             data; without one its capacity counts. Others do not read it.
@@ -67,45 +82,75 @@ def solve(
         raise ValueError(f"macs={macs}, tokens={tokens}: give one of the two")
     if isinstance(model, api.DualModel):
         solved = solve(name, model.towers[tower], macs=macs, tokens=tokens, inputs=inputs, **settings)
+        if isinstance(solved, list):
+            return [dataclasses.replace(each, model=model.replace(**{tower: each.model})) for each in solved]
         return dataclasses.replace(solved, model=model.replace(**{tower: solved.model}))
-    target = macs if macs is not None else tokens
-    assert target is not None
-    if not 0 < target <= 1:
-        raise ValueError(f"{'macs' if macs is not None else 'tokens'}={target}: must be in (0, 1]")
-    registered = reducers.entry(name)
-    knob, batch = registered.knob, inputs if registered.length == "dynamic" else None
+    given = tokens if macs is None else macs
+    several = isinstance(given, Sequence)
+    for target in given if several else (given,):
+        if not 0 < target <= 1:
+            raise ValueError(f"{'tokens' if macs is None else 'macs'}={target}: must be in (0, 1]")
+    knob = reducers.entry(name).knob
     if knob.field in settings:
         raise ValueError(f"{knob.field}={settings[knob.field]!r}: is what solve turns; leave it out")
+    search = _Search(name, model, macs is None, inputs, settings)
+    return [search.solve(target) for target in given] if several else search.solve(given)
 
-    def measure(reduced: api.Model) -> float:
-        return mean_tokens(reduced, batch) if macs is None else cost(reduced)
 
-    def cost(reduced: api.Model) -> int:
-        return reduced.cost().total if batch is None else counted_macs(reduced, batch)
+class _Search:
+    """One reducer on one model: what each value of the knob costs, measured once."""
 
-    values, whole = knob.values(model.info), measure(model)
-    tried: dict[int, tuple[api.Model, float]] = {}
+    def __init__(self, name: str, model: api.Model, by_tokens: bool, inputs: PyTree | None, settings: dict[str, Any]):
+        self.name, self.model, self.by_tokens, self.settings = name, model, by_tokens, settings
+        self.registered = reducers.entry(name)
+        self.batch = inputs if self.registered.length == "dynamic" else None
+        self.values = self.registered.knob.values(model.info)
+        self.tried: dict[Any, tuple[api.Model, float]] = {}
+        self.whole = self.measure(model)
 
-    def at(i: int) -> float:
-        if i not in tried:
-            found = {**settings, knob.field: values[i]}
-            # What a reducer that learns would cost is told by the shapes of its parameters, which are quick to make.
-            sketch = nnx.eval_shape(lambda: reducers.create(name, model.info, **found)) if registered.learned else None
-            reduced = api.reduce(model, name, **found) if sketch is None else api.reduce(model, sketch)
-            tried[i] = reduced, measure(reduced) / whole
-        return tried[i][1]
+    def measure(self, reduced: api.Model) -> float:
+        return mean_tokens(reduced, self.batch) if self.by_tokens else self.cost(reduced)
 
-    low, high = 0, len(values) - 1
-    reachable = at(low), at(high)
-    while high - low > 1:  # the cost rises along the values
-        middle = (low + high) // 2
-        low, high = (middle, high) if at(middle) <= target else (low, middle)
-    best = min(tried, key=lambda i: (abs(tried[i][1] - target), i))
-    reduced, relative = tried[best]
-    found = {**settings, knob.field: values[best]}
-    if registered.learned:
-        reduced = api.reduce(model, name, **found)
-    return Solution(reduced, found, cost(reduced), relative, target, reachable)
+    def cost(self, reduced: api.Model) -> int:
+        return reduced.cost().total if self.batch is None else counted_macs(reduced, self.batch)
+
+    def at(self, value: Any) -> float:
+        """Share of the unreduced model's cost that a value of the knob leaves."""
+        if value not in self.tried:
+            found = {**self.settings, self.registered.knob.field: value}
+            reduced = api.reduce(self.model, self.name, **found) if not self.registered.learned else self.sketch(found)
+            self.tried[value] = reduced, self.measure(reduced) / self.whole
+        return self.tried[value][1]
+
+    def sketch(self, found: dict[str, Any]) -> api.Model:
+        """What a reducer that learns would cost is told by the shapes of its parameters, which are quick to make."""
+        shapes = nnx.eval_shape(lambda: reducers.create(self.name, self.model.info, **found))
+        return api.reduce(self.model, shapes)
+
+    def solve(self, target: float) -> Solution:
+        reachable = self.at(self.values[0]), self.at(self.values[-1])
+        cheap, dear = self.around(self.values, target)
+        if abs(self.at(self.nearest(target)) - target) > CLOSE:
+            locations = len({hook.layer for hook in self.tried[cheap][0].hooks[len(self.model.hooks) :]})
+            self.around([cheap, *self.registered.knob.between(cheap, dear, locations), dear], target)
+        best = self.nearest(target)
+        reduced, relative = self.tried[best]
+        found = {**self.settings, self.registered.knob.field: best}
+        if self.registered.learned:
+            reduced = api.reduce(self.model, self.name, **found)
+        return Solution(reduced, found, self.cost(reduced), relative, target, reachable)
+
+    def around(self, values: Sequence[Any], target: float) -> tuple[Any, Any]:
+        """The two neighbours between which the target lies; the cost rises along the values."""
+        low, high = 0, len(values) - 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.at(values[middle]) <= target else (low, middle)
+        return values[low], values[high]
+
+    def nearest(self, target: float) -> Any:
+        """Of what was tried, the cheaper of equals."""
+        return min(self.tried, key=lambda value: (abs(self.tried[value][1] - target), self.tried[value][1]))
 
 
 def mean_tokens(model: api.Model | api.DualModel, inputs: PyTree | None = None) -> float:

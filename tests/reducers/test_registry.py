@@ -63,6 +63,7 @@ def test_every_value_of_a_knob_is_a_setting(name):
     knob = entry(name).knob
     values = knob.values(INFO)
     assert len(set(values)) == len(values) > 10
+
     def make(value):
         return create(name, INFO, **{knob.field: value})
 

@@ -219,6 +219,7 @@ _known = [
     Column("setting", "setting", _words, numeric=False),
     Column("target", "target", _words),
     *(Column(key, f"{name} %", _percent) for key, name in viz.SHARES.items()),
+    Column("accuracy_all", "accuracy, all %", _percent),
     Column("agreement", "agreement %", _percent),
     Column("similarity", "cosine %", _percent),
     Column("rmse", "RMSE", _number(lambda error: _digits(error, 4))),
@@ -229,6 +230,9 @@ _known = [
     Column("mean_tokens", "tokens/layer", _number(lambda count: f"{count:.1f}")),
     Column("images_per_s", "images/s", _number(lambda rate: f"{rate:,.0f}" if rate >= 1000 else _digits(rate))),
     Column("speedup", "speed-up", _number(lambda factor: f"{factor:.2f}x")),
+    Column("overhead", "reducer's time %", _number(lambda share: f"{100 * share:.1f}")),
+    Column("gain", "over the better control, points [95 %]", _words),
+    Column("placement", "placement", _words, numeric=False),
 ]
 KNOWN_COLUMNS = {column.key: column for column in _known}
 COLUMNS = ("method", "setting", "accuracy", "macs", "macs_relative", "mean_tokens", "images_per_s", "speedup")

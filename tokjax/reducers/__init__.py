@@ -57,13 +57,33 @@ Law = Literal[
 ]
 
 
+def _finer(cheap: Any, dear: Any, locations: int) -> list[Any]:
+    """Between two rates, fifteen more: those that keep as many at the first location part at the later ones."""
+    if not isinstance(cheap, float):
+        return []
+    return [cheap + (dear - cheap) * step / 16 for step in range(1, 16)]
+
+
+def _one_more_in_some(cheap: Any, dear: Any, locations: int) -> list[Any]:
+    """Between two neighbouring numbers of tokens to remove, one more in the first blocks only."""
+    return [(cheap,) * more + (dear,) * (locations - more) for more in range(locations - 1, 0, -1)]
+
+
 @dataclasses.dataclass(frozen=True)
 class Knob:
-    """The one setting that turns a reducer's cost, with its values from cheapest to dearest."""
+    """The one setting that turns a reducer's cost, with its values from cheapest to dearest.
+
+    Attributes:
+        field: of the reducer.
+        range: what may be given, in words.
+        values: those to search, for a model.
+        between: finer settings between two neighbours and the number of blocks that reduce, in the same order.
+    """
 
     field: str
     range: str
     values: Callable[[ModelInfo], list[Any]]
+    between: Callable[[Any, Any, int], list[Any]] = _finer
 
 
 def _rates(info: ModelInfo) -> list[float]:
@@ -110,9 +130,9 @@ TABLED_RATE = Knob("keep_rate", "(0, 1], to the power of the location, lower is 
 RATIO = Knob("ratio", "[0.5, 1], lower is cheaper", _ratios)
 STRENGTH = Knob("strength", "at least 0, higher is cheaper", strengths)
 RINGS = Knob("keep_rate", TABLED_RATE.range, _ring_rates)
-REMOVED_BUT_ONE = Knob("r", "0 to all patches but one, higher is cheaper", _all_but_one)
+REMOVED_BUT_ONE = Knob("r", "0 to all patches but one, higher is cheaper", _all_but_one, _one_more_in_some)
 PROPAGATED = Knob("propagated", "0 to all patches but one, higher is cheaper", _all_but_one)
-REMOVED = Knob("r", "0 to half of the patches, higher is cheaper", _removed)
+REMOVED = Knob("r", "0 to half of the patches, higher is cheaper", _removed, _one_more_in_some)
 
 
 @dataclasses.dataclass(frozen=True)

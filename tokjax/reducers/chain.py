@@ -50,6 +50,7 @@ class Chain:
         parts: registered reducers: names, (name, settings) pairs, or mappings of settings with a "name".
         level: where the knob of every part stands, from 0, its cheapest value, to 1, its dearest; parts whose settings
             have their knob are left alone. None: all are.
+        layers: blocks of every part that can be told and is not; None: each part's own.
 
     Raises:
         ValueError: no parts, an unknown one, one with parameters of its own (add it with `tokjax.reduce`), settings
@@ -58,6 +59,7 @@ class Chain:
 
     parts: tuple[Any, ...] = ("topk", "tome")
     level: float | None = None
+    layers: tuple[int, ...] | None = None
 
     def __post_init__(self):
         from tokjax import reducers  # the registry knows this file
@@ -87,6 +89,8 @@ class Chain:
     def _turned(self, name: str, settings: dict[str, Any], info: ModelInfo) -> Mapping[str, Any]:
         from tokjax import reducers
 
+        if self.layers is not None and "layers" in reducers.settings_of(name):
+            settings = {"layers": self.layers, **settings}
         knob = reducers.entry(name).knob
         if self.level is None or knob.field in settings:
             return settings

@@ -8,9 +8,10 @@ import ml_collections
 
 from tokjax.errors import UserError
 
-MODES = ("all", "train", "eval", "sweep", "features", "bench", "viz")
+MODES = ("all", "train", "eval", "sweep", "features", "bench", "viz", "compare", "report")
 TASKS = {  # name -> module beside this one and class in it; imported when it runs
     "classify": ("classify", "Classify"),
+    "compare": ("compare", "Compare"),
     "features": ("features", "FrozenFeatures"),
     "dense": ("dense", "Dense"),
     "retrieval": ("retrieval", "Retrieval"),

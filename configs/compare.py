@@ -1,0 +1,30 @@
+"""Every training-free reducer on one ViT for CIFAR-10, at equal multiply-accumulates.
+
+python -m tokjax.main --config=configs/compare.py --config.data.path=FOLDER --workdir=runs/compare_vit
+
+FOLDER holds CIFAR-10 as parquet files. The model is the one in experiments/compare_vit, trained with
+configs/cifar10.py:deep; --config.init names another. The run may be stopped at any time and goes on where it was.
+"""
+
+import ml_collections
+
+from tokjax.tasks.compare import default_config
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+    """`arg` "short": three methods, two targets, few images."""
+    config = default_config()
+    config.title = "Token reduction on CIFAR-10 at equal cost"
+    config.init = "experiments/compare_vit/model"
+    config.eval_batch_size = 100
+    config.data.source = "parquet"
+    config.data.image_size = (32, 32)
+    if arg == "short":
+        some = ("tome", "evit", "random", "gtp")
+        config.compare.methods = tuple(method for method in config.compare.methods if method["name"] in some)
+        config.compare.targets = (0.8, 0.5)
+        config.compare.images = 200
+        config.compare.whole_targets = (0.8,)
+        config.compare.rounds = 2
+        config.compare.calls = 1
+    return config

@@ -1,0 +1,171 @@
+"""The comparison: cells that are filled once, out of reach, without a form; intervals of paired differences."""
+
+import jax
+import numpy as np
+import pytest
+
+from tokjax import api, reducers
+from tokjax.bench import profile, report
+from tokjax.errors import UserError
+from tokjax.models.vit import ViTConfig
+from tokjax.tasks import compare
+from tokjax.tasks.compare import bootstrap, default_config, form, training_free
+
+METHODS = (
+    {"name": "tome", "label": "ToMe", "settings": {}},
+    {"name": "gtp", "label": "GTP", "settings": {"neighbours": 4}},
+    {"name": "random", "label": "random drop", "settings": {}},
+)
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """A comparison of a small model with random weights on digits: its folder and its config."""
+    workdir = tmp_path_factory.mktemp("compare")
+    shape = ViTConfig(image_size=(32, 32), patch_size=8, width=16, depth=4, heads=2, num_classes=10)
+    api.save(api.build(shape, 0), workdir / "model")
+    config = default_config()
+    config.data.image_size = (32, 32)
+    config.data.test_subset = 60
+    config.eval_batch_size = 24
+    config.compare.methods = METHODS
+    config.compare.targets = (0.8, 0.1)
+    config.compare.whole_targets = (0.8,)
+    config.compare.images = 40
+    config.compare.rounds = config.compare.calls = 1
+    compare.Compare(config, workdir, "a command").run("all")
+    return workdir, config
+
+
+@pytest.fixture(scope="module")
+def rows(ran):
+    return {
+        (row["method"], row.get("placement"), row["target"]): row for row in report.read_jsonl(ran[0] / "results.jsonl")
+    }
+
+
+def test_every_cell_has_a_row(rows):
+    cells = {(m["label"], place, target) for m in METHODS for place in compare.PLACEMENTS for target in (0.8, 0.1)}
+    assert set(rows) == cells | {("unreduced", None, None)}
+
+
+def test_columns_of_a_cell(rows):
+    row = rows["ToMe", "per-layer", 0.8]
+    assert row["macs_relative"] == pytest.approx(0.8, abs=0.05)
+    assert row["images"], row["images_all"] == (40, 60)
+    assert 0 <= row["agreement"] <= 1
+    assert 0 < row["overhead"] < 1
+    assert row["speedup"] > 0
+    assert row["setting"].startswith("layers=(0, 1, 2, 3), r=")
+    assert rows["random drop", "staged", 0.8]["control"]
+    base = rows["unreduced", None, None]
+    assert base["macs_relative"] == base["agreement"] == base["speedup"] == 1
+
+
+def test_what_has_no_numbers_says_why(rows):
+    assert rows["GTP", "staged", 0.8]["unreachable"] == "has no staged form"
+    assert rows["ToMe", "staged", 0.1]["unreachable"].startswith("reaches 0.")
+    assert "accuracy" not in rows["ToMe", "staged", 0.1]
+
+
+def test_a_part_of_the_images_is_judged_as_among_all(ran, rows):
+    """The accuracy on the part is that of the same images in the whole file, whichever way they were predicted."""
+    workdir, config = ran
+    task = compare.Compare(config, workdir, "")
+    task.whole, model = None, task.model()
+    reduced = api.reduce(model, "tome", r=2)
+    both = [task.judged(reduced, "", whole=whole) for whole in (True, False)]
+    assert {key: both[0][key] for key in both[1]} == both[1]
+    assert rows["unreduced", None, None]["accuracy"] == task.judged(model, "", whole=True)["accuracy"]
+
+
+def test_lengths_that_depend_on_the_data_are_counted_on_a_batch(ran, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(compare.budget, "solve", lambda *args, **options: seen.update(options) or [None])
+    workdir, config = ran
+    task = compare.Compare(config, workdir, "")
+    task.batch = np.ones(3)
+    [found] = task.solutions({"name": "ats", "settings": {"form": "official"}}, "staged", task.model(), [0.5])
+    assert found == (0.5, None)
+    assert seen == {"macs": [0.5], "inputs": task.batch, "layers": (1, 2, 3), "form": "official"}
+
+
+def test_a_second_run_adds_nothing(ran, capsys):
+    workdir, config = ran
+    before = (workdir / "results.jsonl").read_bytes()
+    compare.Compare(config, workdir, "a command").run("compare")
+    assert (workdir / "results.jsonl").read_bytes() == before
+    assert "Without training, and so not here: clca, dynamicvit" in capsys.readouterr().out
+
+
+def test_report(ran):
+    workdir, _ = ran
+    table = (workdir / "table.md").read_text()
+    assert "has no staged form" in table
+    assert table.count("[") == table.count("]") >= 2  # intervals
+    for name in ("pareto_per_layer.png", "pareto_staged.png"):
+        assert (workdir / name).read_bytes().startswith(b"\x89PNG")
+    assert "ToMe" in (workdir / "report.html").read_text()
+
+
+def test_a_report_needs_rows(ran, tmp_path):
+    workdir, config = ran
+    config = config.copy_and_resolve_references()
+    config.init = str(workdir / "model")
+    with pytest.raises(UserError, match="has no comparison of this model yet"):
+        compare.Compare(config, tmp_path, "").run("report")
+
+
+def test_a_method_that_must_be_trained_is_refused(ran, tmp_path):
+    workdir, config = ran
+    config = config.copy_and_resolve_references()
+    config.init = str(workdir / "model")
+    config.compare.methods = ({"name": "sit", "label": "SiT", "settings": {}},)
+    with pytest.raises(UserError, match="'sit' needs training"):
+        compare.Compare(config, tmp_path, "").run("compare")
+
+
+def test_every_reducer_without_training_is_compared():
+    assert {method["name"] for method in default_config().compare.methods} == set(training_free())
+    assert {"tome", "gtp", "ats", "random", "avgpool"} < set(training_free()) < set(reducers.REGISTRY)
+
+
+@pytest.mark.parametrize("name", training_free())
+@pytest.mark.parametrize("placement", compare.PLACEMENTS)
+def test_forms(name, placement):
+    model = api.build(ViTConfig(image_size=(32, 32), patch_size=4, width=16, depth=12, heads=2, num_classes=3), 0)
+    settings = form(name, placement, 12)
+    if settings is None:
+        assert placement == "staged"
+        return
+    hooks = api.reduce(model, name, **settings).hooks
+    layers = {hook.layer for hook in hooks if hook.where in ("before_block", "after_attention", "after_block")}
+    assert len(layers) > 5 if placement == "per-layer" else len(layers) <= 5 or name == "evovit"
+
+
+def test_interval_of_a_paired_difference():
+    rng = np.random.default_rng(1)
+    theirs = rng.random(2000) < 0.6
+    ours = theirs.copy()
+    ours[np.flatnonzero(~theirs)[:60]] = True
+    found = bootstrap(ours, theirs)
+    assert found.difference == pytest.approx(0.03)
+    assert found.beyond_noise
+    # Sixty of two thousand, each drawn or not: the deviation of their share is sqrt(0.03 * 0.97 / 2000).
+    assert found.high - found.low == pytest.approx(2 * 1.96 * np.sqrt(0.03 * 0.97 / 2000), rel=0.1)
+    assert not bootstrap(theirs, theirs).beyond_noise
+    with pytest.raises(ValueError, match="must judge the same images"):
+        bootstrap(ours, theirs[:5])
+    with pytest.raises(ValueError, match="level=1"):
+        bootstrap(ours, theirs, level=1)
+
+
+def test_share_of_the_reducers_in_a_profile():
+    model = api.build(ViTConfig(image_size=(32, 32), patch_size=8, width=16, depth=2, heads=2, num_classes=3), 0)
+    images = jax.numpy.ones((8, 32, 32, 3))
+    shares = []
+    for each in (model, api.reduce(model, "tome", r=4)):
+        each(images).block_until_ready()
+        shares.append(profile.reducer_share(each.compiled(images), lambda each=each: each(images)))
+    assert shares[0] == 0
+    assert 0 < shares[1] < 1

@@ -1,0 +1,336 @@
+"""Every training-free reducer on one trained classifier at equal cost: accuracy, speed, and what is more than noise.
+
+A cell is (method, placement, target). Its row goes to `results.jsonl`, the classes that it predicted to `predictions/`;
+what is there is not done again. Most targets are measured on a stratified part of the test images, some on all of them
+(the part among them, so that every curve is drawn from the same images).
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
+import hashlib
+import io
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Array, Bool, Float, Int
+import ml_collections
+import numpy as np
+from tqdm import tqdm
+
+from tokjax import api, budget, reducers, schedules, viz
+from tokjax.bench import profile, report, timing
+from tokjax.data.sources import stratified
+from tokjax.errors import UserError
+from tokjax.tasks import classify
+from tokjax.tasks.experiment import RESULTS, describe, user_input
+
+PLACEMENTS = ("per-layer", "staged")
+LABELS = {
+    "ats": "ATS",
+    "avgpool": "average pooling",
+    "chain": "Top-K + ToMe",
+    "diffrate": "DiffRate",
+    "dpcknn": "DPC-KNN",
+    "evit": "EViT",
+    "evovit": "Evo-ViT",
+    "gtp": "GTP",
+    "heuristic": "heuristic rings",
+    "kmedoids": "K-Medoids",
+    "pitome": "PiToMe",
+    "random": "random drop",
+    "scored": "CLS score, merged",
+    "strided": "strided drop",
+    "token_transforming_ours": "Token Transforming (ours)",
+    "tome": "ToMe",
+    "tomesd": "ToMe-SD",
+    "topk": "Top-K",
+}
+# Settings of a placement where it is not told by `layers`; None: the method has no such form.
+FORMS: dict[str, dict[str, dict[str, Any] | None]] = {
+    "diffrate": {"per-layer": {}, "staged": None},
+    "evovit": {"per-layer": {"stage_wise": False}, "staged": {"stage_wise": True}},
+    "gtp": {"per-layer": {}, "staged": None},
+    "tomesd": {"per-layer": {"merge_mlp": True}, "staged": None},  # un-merged behind every layer that it touches
+}
+MORE = ({"name": "scored", "label": "key norm, density peaks", "settings": {"score": "key_norm", "match": "density"}},)
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """Every field of a comparison, with its meaning; configs start from it."""
+    config = classify.default_config()
+    config.task = "compare"
+    config.compare = compare = ml_collections.ConfigDict()
+    named = ({"name": name, "label": LABELS.get(name, name), "settings": {}} for name in training_free())
+    compare.methods = (*named, *MORE)  # name: registered; label: in the table; settings: all but knob and layers
+    compare.placements = PLACEMENTS  # per-layer: in every block; staged: in three
+    compare.targets = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)  # of the unreduced model's MACs
+    compare.images = 2000  # stratified test images for every target
+    compare.whole_targets = (0.8, 0.6, 0.4)  # measured on all test images
+    compare.rounds = 5  # timed rounds, interleaved with the unreduced model
+    compare.calls = 2  # of each of the two in a round
+    compare.resamples = 2000  # of the paired bootstrap over test images
+    return config
+
+
+def training_free() -> list[str]:
+    """Registered reducers without parameters of their own."""
+    return [name for name, entry in sorted(reducers.REGISTRY.items()) if not entry.learned]
+
+
+def form(name: str, placement: str, depth: int) -> dict[str, Any] | None:
+    """Settings that put a reducer into every block or into three; None: it has no such form.
+
+    Raises:
+        ValueError: an unknown placement.
+    """
+    if placement not in PLACEMENTS:
+        raise ValueError(f"placement={placement!r}: must be one of {', '.join(PLACEMENTS)}")
+    if name in FORMS:
+        return FORMS[name][placement]
+    return {"layers": tuple(range(depth)) if placement == "per-layer" else schedules.stages(depth)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    """A difference of accuracies with its bounds, shares in -1..1."""
+
+    difference: float
+    low: float
+    high: float
+
+    @property
+    def beyond_noise(self) -> bool:
+        return not self.low <= 0 <= self.high
+
+
+def bootstrap(
+    a: Bool[Array, " n"], b: Bool[Array, " n"], *, resamples: int = 2000, level: float = 0.95, seed: int = 0
+) -> Interval:
+    """Percentile interval of the accuracy of `a` less that of `b` on the same images, drawn again with replacement.
+
+    Args:
+        a: whether each image was classified rightly.
+        b: the same, by another model.
+        resamples: draws.
+        level: coverage.
+        seed: of the draws.
+
+    Raises:
+        ValueError: different numbers of images, none, or a level outside (0, 1).
+    """
+    if a.shape != b.shape or not a.size:
+        raise ValueError(f"a and b must judge the same images, got {a.shape} and {b.shape}")
+    if not 0 < level < 1:
+        raise ValueError(f"level={level}: must be in (0, 1)")
+    difference = a.astype(np.int8) - b.astype(np.int8)
+    # Only three values occur, so that a resample is told by how often each is drawn.
+    shares = [np.mean(difference == value) for value in (-1, 0, 1)]
+    drawn = np.random.default_rng(seed).multinomial(len(difference), shares, resamples)
+    low, high = np.quantile((drawn[:, 2] - drawn[:, 0]) / len(difference), ((1 - level) / 2, (1 + level) / 2))
+    return Interval(float(difference.mean()), float(low), float(high))
+
+
+class Compare(classify.Classify):
+    """Methods against each other, and against controls, at the same multiply-accumulates."""
+
+    modes = (*classify.Classify.modes, "compare", "report")
+    steps = ("compare", "report")
+
+    def methods(self) -> Iterator[tuple[Mapping[str, Any], str]]:
+        """Every method with every placement, as the config names them.
+
+        Raises:
+            UserError: an unknown reducer, or one whose parameters would have to be trained first.
+        """
+        for method in self.config.compare.methods:
+            with user_input():
+                learned = reducers.entry(method["name"]).learned
+            if learned:
+                raise UserError(f"compare.methods: {method['name']!r} needs training and cannot be compared without it")
+            for placement in self.config.compare.placements:
+                yield method, placement
+
+    def compare(self) -> None:
+        """Fills the table; goes on where it stopped."""
+        config, model = self.config.compare, self.model().unreduced
+        self.whole, self.base = model.cost(), self.timed(model)
+        self.batch = self.inputs(model, next(iter(self.test_loader())))
+        done = {_cell(row) for row in self._rows("compare", model)}
+        learned = [name for name, entry in sorted(reducers.REGISTRY.items()) if entry.learned]
+        print(f"Without training, and so not here: {', '.join(learned)}")
+        if _cell({"method": "unreduced"}) not in done:
+            row = {**describe(model, self.whole), "target": None, **self.measured(model, "unreduced", whole=True)}
+            self.record(model, {**row, "speedup": 1.0, "overhead": 0.0})
+        work = list(self.methods())
+        with (
+            user_input(),
+            tqdm(total=len(work) * len(config.targets), desc="compare", unit="cell", disable=None) as bar,
+        ):
+            for method, placement in work:
+                start = {"method": method["label"], "placement": placement}
+                start["control"] = reducers.entry(method["name"]).control
+                open_targets = [t for t in config.targets if _cell({**start, "target": t}) not in done]
+                bar.update(len(config.targets) - len(open_targets))
+                bar.set_postfix_str(f"{method['label']} {placement}")
+                for target, solution in self.solutions(method, placement, model, open_targets):
+                    self.record(model, {**start, "target": target, **self.cell(solution, start, target)})
+                    bar.update()
+
+    def solutions(
+        self, method: Mapping[str, Any], placement: str, model: api.Model, targets: Sequence[float]
+    ) -> Iterator[tuple[float, budget.Solution | None]]:
+        """The method at each target; None where it has no form of this placement."""
+        settings = form(method["name"], placement, model.info.depth)
+        if settings is None or not targets:
+            yield from ((target, None) for target in targets)
+            return
+        settings = {**settings, **dict(method["settings"])}
+        found = budget.solve(method["name"], model, macs=list(targets), inputs=self.batch, **settings)
+        yield from zip(targets, found, strict=True)
+
+    def cell(self, found: budget.Solution | None, start: Mapping[str, Any], target: float) -> dict[str, Any]:
+        """Columns of a method at a target, or why there are none."""
+        if found is None:
+            return {"unreachable": f"has no {start['placement']} form"}
+        if not found.reached:
+            low, high = found.reachable
+            return {"unreachable": f"reaches {low:.2f} to {high:.2f} of the MACs"}
+        name = f"{start['method']} {start['placement']} {target}"
+        reached = {
+            "macs": found.macs,
+            "macs_relative": found.relative,
+        }  # counted on a batch where lengths are the data's
+        whole = target in self.config.compare.whole_targets
+        return {
+            **describe(found.model, self.whole, start["method"]),
+            **reached,
+            "control": start["control"],
+            **self.measured(found.model, name, whole=whole),
+        }
+
+    def measured(self, model: api.Model, name: str, *, whole: bool) -> dict[str, Any]:
+        """Accuracy on the part of the images, and on all of them where asked; interleaved times; reducers' share."""
+        config, this = self.config.compare, self.timed(model)
+        runs = {"unreduced": lambda: self.base(self.batch), "this": lambda: this(self.batch)}
+        times = timing.interleaved(runs, warmup=1, repeats=config.rounds, calls=config.calls)
+        count = len(self.batch)
+        return {
+            **self.judged(model, name, whole=whole),
+            "images_per_s": count / times["this"].median_s,
+            "speedup": timing.ratio(times["unreduced"], times["this"]),
+            "overhead": profile.reducer_share(model.compiled(self.batch), runs["this"]) if model.methods else 0.0,
+            "batch": count,
+        }
+
+    def judged(self, model: api.Model, name: str, *, whole: bool) -> dict[str, Any]:
+        """Accuracy and agreement with the unreduced model; the predictions are kept for the bootstrap."""
+        base = model.unreduced
+        unreduced, labels = self.once("classes", base, lambda: self.predict(base, "unreduced"))
+        part = stratified(labels, min(self.config.compare.images, len(labels)), seed=0)
+        if not model.methods:
+            predicted = unreduced
+        elif whole:
+            predicted = self.predict(model, name)[0]
+        else:
+            predicted = np.full_like(unreduced, -1)
+            predicted[part] = self.predict_part(model, part)
+        right, same = predicted == labels, predicted == unreduced
+        columns = {"accuracy": right[part].mean(), "agreement": same[part].mean(), "images": len(part)}
+        if whole:
+            columns |= {"accuracy_all": right.mean(), "agreement_all": same.mean(), "images_all": len(labels)}
+        self.predicted = predicted, labels
+        return {key: value.item() if isinstance(value, np.generic) else value for key, value in columns.items()}
+
+    def predict_part(self, model: api.Model, part: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+        """Predicted classes of some test images, by their place in the file."""
+        images = self.once("images", model.unreduced, self.test_images)[part]
+        size = self.config.eval_batch_size
+        classes = []
+        for start in range(0, len(images), size):
+            batch = images[start : start + size]
+            padded = np.concatenate([batch, np.zeros((size - len(batch), *batch.shape[1:]), batch.dtype)])
+            classes.append(np.asarray(model(self.inputs(model, {"image": padded}))).argmax(-1)[: len(batch)])
+        return np.concatenate(classes)
+
+    def test_images(self) -> Float[np.ndarray, "n H W 3"]:
+        """All readable test images, normalised; CIFAR-10's 5,000 are 61 MB."""
+        return np.concatenate([batch["image"][batch["valid"]] for batch in self.batches("test", "images")])
+
+    def record(self, model: api.Model, row: dict[str, Any]) -> None:
+        """The predictions first, so that a row that is there has them."""
+        if "unreachable" not in row:
+            predicted, labels = self.predicted
+            buffer = io.BytesIO()
+            np.savez_compressed(buffer, predicted=predicted.astype(np.int32), labels=labels.astype(np.int32))
+            viz.write_whole(self.kept(model, row), buffer.getvalue())
+        report.append_jsonl(self.workdir / RESULTS, {**self._stamp("compare", model), **row})
+
+    def kept(self, model: api.Model, row: Mapping[str, Any]) -> Path:
+        """Where the predictions of a cell lie."""
+        name = hashlib.blake2b(repr((self._stamp("", model), _cell(row))).encode(), digest_size=8).hexdigest()
+        return self.workdir / "predictions" / f"{name}.npz"
+
+    def right(self, model: api.Model, row: Mapping[str, Any]) -> tuple[Bool[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
+        """Whether each image was classified rightly, and which images were looked at."""
+        with np.load(self.kept(model, row)) as file:
+            return file["predicted"] == file["labels"], file["predicted"] >= 0
+
+    def variant(self) -> dict[str, Any]:
+        config = self.config.compare
+        return {"test_images": config.images, "whole_targets": list(config.whole_targets)}
+
+    def report(self) -> None:
+        """Tables, the Pareto figure and a page of HTML from the rows that are there."""
+        model = self.model().unreduced
+        rows = self._rows("compare", model)
+        if not rows:
+            raise UserError(f"{self.workdir / RESULTS} has no comparison of this model yet: run --mode=compare")
+        judged = self.against_controls(model, rows)
+        columns = ["method", "placement", "setting", "accuracy", "accuracy_all", "agreement", "gain", "macs_relative"]
+        columns += ["mean_tokens", "images_per_s", "speedup", "overhead"]
+        table = report.markdown_table(judged, columns, group=("target",))
+        viz.write_whole(self.workdir / "table.md", f"{table}\n".encode())
+        figures = {}
+        for placement in self.config.compare.placements:
+            some = [row for row in judged if row.get("placement", placement) == placement]
+            if any("accuracy" in row and row.get("placement") for row in some):
+                figures[placement] = viz.pareto_plot(some, title=f"CIFAR-10 accuracy over MACs, {placement}")
+                viz.save_png(figures[placement], self.workdir / f"pareto_{placement.replace('-', '_')}.png")
+        report.write_html(
+            self.workdir / "report.html",
+            title=self.config.title,
+            command=self.command,
+            machine=timing.device_summary(),
+            rows=judged,
+            columns=columns,
+            sections=[(f"Accuracy over cost, {name}", figure) for name, figure in figures.items()],
+            summary=f"A ViT of width {model.info.width}, {model.info.depth} blocks, {model.info.length} tokens. Every "
+            "method at the same multiply-accumulates, its time measured interleaved with the unreduced model.",
+        )
+        print(table)
+        print(f"The page is {self.workdir / 'report.html'}")
+
+    def against_controls(self, model: api.Model, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """The rows with `gain`: how much better than the better control of this placement and target, in points."""
+        controls = {"random", "avgpool"}
+        labels = {m["label"] for m in self.config.compare.methods if m["name"] in controls}
+        best: dict[tuple[Any, Any], Mapping[str, Any]] = {}
+        for row in rows:
+            place = row.get("placement"), row.get("target")
+            if row["method"] in labels and "accuracy" in row:
+                best[place] = max(best.get(place, row), row, key=lambda each: each["accuracy"])
+        out = []
+        for row in rows:
+            control = best.get((row.get("placement"), row.get("target")))
+            gain = None
+            if control is not None and control is not row and "accuracy" in row:
+                (right, seen), (theirs, also) = self.right(model, row), self.right(model, control)
+                both = seen & also
+                found = bootstrap(right[both], theirs[both], resamples=self.config.compare.resamples)
+                gain = f"{100 * found.difference:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
+            out.append({**row, **({"gain": gain} if gain else {})})
+        return out
+
+
+def _cell(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return row["method"], row.get("placement"), row.get("target")
