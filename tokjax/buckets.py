@@ -262,7 +262,7 @@ class Bucketed:
 
         fields = {name: getattr(tokens, name) for name in ("x", "size", "position", "key_bias", "kind")}
         shared = {name: None if leaf is None else take(leaf, source) for name, leaf in fields.items()}
-        packed = tokens.replace(**shared, valid=segment >= 0, segment=segment, origin=None)
+        packed = tokens.replace(**shared, valid=segment >= 0, segment=segment, origin=None, carry={})
         context = Context(grid=self.model.info.grid)
         out = vit.stretch(packed, hooks, context, self._spans[-1])
         apart = tokens.replace(x=take(out.x, back))
@@ -270,6 +270,8 @@ class Bucketed:
 
 
 def _settled(tokens: Tokens) -> Tokens:
-    if tokens.carry:
-        raise ValueError(f"carry={sorted(tokens.carry)}: state between blocks cannot be regrouped")
+    """Without what was reported; a number for every row (such as its input patches) goes with the row."""
+    tied = [name for name, state in tokens.carry.items() if any(jnp.ndim(leaf) != 1 for leaf in jax.tree.leaves(state))]
+    if tied:
+        raise ValueError(f"carry={sorted(tied)}: state of tokens between blocks cannot be regrouped")
     return tokens.replace(aux={})

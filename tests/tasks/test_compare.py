@@ -33,15 +33,18 @@ def ran(tmp_path_factory):
     config.compare.whole_targets = (0.8,)
     config.compare.images = 40
     config.compare.rounds = config.compare.calls = 1
+    config.lengths.methods = ({"name": "ats", "label": "ATS", "settings": {"keep_rate": 0.8, "layers": (1,)}},)
+    config.lengths.batch = 12
+    config.lengths.rows = 4
+    config.lengths.rounds = config.lengths.calls = 1
     compare.Compare(config, workdir, "a command").run("all")
     return workdir, config
 
 
 @pytest.fixture(scope="module")
 def rows(ran):
-    return {
-        (row["method"], row.get("placement"), row["target"]): row for row in report.read_jsonl(ran[0] / "results.jsonl")
-    }
+    read = [row for row in report.read_jsonl(ran[0] / "results.jsonl") if row["mode"] == "compare"]
+    return {(row["method"], row.get("placement"), row["target"]): row for row in read}
 
 
 def test_every_cell_has_a_row(rows):
@@ -88,6 +91,15 @@ def test_lengths_that_depend_on_the_data_are_counted_on_a_batch(ran, monkeypatch
     [found] = task.solutions({"name": "ats", "settings": {"form": "official"}}, "staged", task.model(), [0.5])
     assert found == (0.5, None)
     assert seen == {"macs": [0.5], "inputs": task.batch, "layers": (1, 2, 3), "form": "official"}
+
+
+def test_three_ways_of_a_dynamic_length(ran):
+    rows = {row["way"]: row for row in report.read_jsonl(ran[0] / "results.jsonl") if row["mode"] == "lengths"}
+    assert list(rows) == ["unreduced", "mask alone", "buckets", "packed"]
+    assert rows["mask alone"]["speedup"] == 1
+    assert max(rows[way]["largest_difference"] for way in ("buckets", "packed")) < 1e-4
+    assert 0.3 < rows["buckets"]["filled"] <= 1
+    assert "packed" in (ran[0] / "lengths.md").read_text()
 
 
 def test_a_second_run_adds_nothing(ran, capsys):

@@ -232,6 +232,8 @@ _known = [
     Column("speedup", "speed-up", _number(lambda factor: f"{factor:.2f}x")),
     Column("overhead", "reducer's time %", _number(lambda share: f"{100 * share:.1f}")),
     Column("gain", "over the better control, points [95 %]", _words),
+    Column("filled", "slots filled %", _percent),
+    Column("largest_difference", "largest difference", _number(lambda value: f"{value:.1e}")),
     Column("placement", "placement", _words, numeric=False),
 ]
 KNOWN_COLUMNS = {column.key: column for column in _known}

@@ -5,13 +5,15 @@ what is there is not done again. Most targets are measured on a stratified part 
 (the part among them, so that every curve is drawn from the same images).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
+import functools
 import hashlib
 import io
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 import ml_collections
 import numpy as np
@@ -19,6 +21,7 @@ from tqdm import tqdm
 
 from tokjax import api, budget, reducers, schedules, viz
 from tokjax.bench import profile, report, timing
+from tokjax.buckets import Bucketed
 from tokjax.data.sources import stratified
 from tokjax.errors import UserError
 from tokjax.tasks import classify
@@ -69,6 +72,17 @@ def default_config() -> ml_collections.ConfigDict:
     compare.rounds = 5  # timed rounds, interleaved with the unreduced model
     compare.calls = 2  # of each of the two in a round
     compare.resamples = 2000  # of the paired bootstrap over test images
+
+    config.lengths = lengths = ml_collections.ConfigDict()  # reducers whose counts vary by image, run three ways
+    lengths.methods = (
+        {"name": "ats", "label": "ATS", "settings": {"keep_rate": 0.9}},
+        {"name": "ats", "label": "ATS, official form", "settings": {"form": "official", "keep_rate": 1.0}},
+    )
+    lengths.batch = 64
+    lengths.rows = 16  # of a group that shares a capacity
+    lengths.plain = 0.5  # share of the images that are made simple: their mean colours in a grid of two by two
+    lengths.rounds = 7
+    lengths.calls = 3
     return config
 
 
@@ -133,8 +147,8 @@ def bootstrap(
 class Compare(classify.Classify):
     """Methods against each other, and against controls, at the same multiply-accumulates."""
 
-    modes = (*classify.Classify.modes, "compare", "report")
-    steps = ("compare", "report")
+    modes = (*classify.Classify.modes, "compare", "report", "lengths")
+    steps = ("compare", "lengths", "report")
 
     def methods(self) -> Iterator[tuple[Mapping[str, Any], str]]:
         """Every method with every placement, as the config names them.
@@ -310,6 +324,52 @@ class Compare(classify.Classify):
         print(table)
         print(f"The page is {self.workdir / 'report.html'}")
 
+    def lengths(self) -> None:
+        """Reducers of dynamic length with a mask alone, in buckets, and packed: the same logits, in less time.
+
+        Raises:
+            UserError: a reducer of static length.
+        """
+        config, model = self.config.lengths, self.model().unreduced
+        images = self.test_images()[: config.batch]
+        for i in range(round(config.plain * len(images))):
+            images[2 * i % len(images)] = _plain(images[2 * i % len(images)])
+        inputs, rows = self.inputs(model, {"image": images}), []
+        for method in config.methods:
+            with user_input():
+                reduced = api.reduce(model, method["name"], **dict(method["settings"]))
+                buckets = Bucketed(reduced, rows=config.rows)
+                packed = Bucketed(reduced, rows=config.rows, pack=True)
+            ways: dict[str, Callable[[Any], Any]] = {"unreduced": model, "mask alone": reduced}
+            ways |= {"buckets": buckets, "packed": packed}
+            runs = {name: functools.partial(_on_device, way, inputs) for name, way in ways.items()}
+            times = timing.interleaved(runs, warmup=2, repeats=config.rounds, calls=config.calls)
+            masked = np.asarray(reduced(inputs))
+            for name, way in ways.items():
+                row = {
+                    "method": method["label"] if name != "unreduced" else name,
+                    "way": name,
+                    "batch": len(images),
+                    "images_per_s": len(images) / times[name].median_s,
+                    "speedup": timing.ratio(times["mask alone"], times[name]),
+                }
+                if name != "unreduced":
+                    row["largest_difference"] = float(np.abs(np.asarray(way(inputs)) - masked).max())
+                    row["mean_tokens"] = budget.mean_tokens(reduced, inputs)
+                if isinstance(way, Bucketed):
+                    usage = way.run(inputs)[1]
+                    row["filled"] = sum(usage.used) / sum(usage.slots)
+                    row["counts"] = [f"{c.min()} to {c.max()}, mean {c.mean():.1f}" for c in usage.counts]
+                rows.append(row)
+                report.append_jsonl(
+                    self.workdir / RESULTS,
+                    {**self._stamp("lengths", model), **row, "plain": config.plain, **timing.device_summary()},
+                )
+        columns = ["method", "way", "mean_tokens", "filled", "images_per_s", "speedup", "largest_difference"]
+        viz.write_whole(self.workdir / "lengths.md", f"{report.markdown_table(rows, columns, group=())}\n".encode())
+        print("Speed-up over the mask alone:")
+        report.print_table(rows, columns, group=())
+
     def against_controls(self, model: api.Model, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """The rows with `gain`: how much better than the better control of this placement and target, in points."""
         controls = {"random", "avgpool"}
@@ -330,6 +390,20 @@ class Compare(classify.Classify):
                 gain = f"{100 * found.difference:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
             out.append({**row, **({"gain": gain} if gain else {})})
         return out
+
+
+def _on_device(way: Callable[[Any], Any], inputs: Any) -> Array:
+    """Logits to wait for; those of `Bucketed` are on the host already."""
+    return jnp.asarray(way(inputs))
+
+
+def _plain(image: Float[np.ndarray, "H W 3"]) -> Float[np.ndarray, "H W 3"]:
+    """The mean colours of the image's four quarters."""
+    height, width, channels = image.shape
+    quarters = image[: height // 2 * 2, : width // 2 * 2].reshape(2, height // 2, 2, width // 2, channels)
+    means = quarters.mean((1, 3))
+    rows, columns = (np.minimum(np.arange(side) // (side // 2), 1) for side in (height, width))
+    return means[np.ix_(rows, columns)]
 
 
 def _cell(row: Mapping[str, Any]) -> tuple[Any, ...]:
