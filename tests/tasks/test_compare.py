@@ -57,12 +57,21 @@ def test_columns_of_a_cell(rows):
     assert row["macs_relative"] == pytest.approx(0.8, abs=0.05)
     assert row["images"], row["images_all"] == (40, 60)
     assert 0 <= row["agreement"] <= 1
-    assert 0 < row["overhead"] < 1
-    assert row["speedup"] > 0
+    assert row["settings"]["layers"] == [0, 1, 2, 3]
     assert row["setting"].startswith("layers=(0, 1, 2, 3), r=")
     assert rows["random drop", "staged", 0.8]["control"]
     base = rows["unreduced", None, None]
-    assert base["macs_relative"] == base["agreement"] == base["speedup"] == 1
+    assert base["macs_relative"] == base["agreement"] == 1
+
+
+def test_times_of_what_has_an_accuracy(ran, rows):
+    read = [row for row in report.read_jsonl(ran[0] / "results.jsonl") if row["mode"] == "speed"]
+    timed = {(row["method"], row["placement"], row["target"]): row for row in read}
+    assert set(timed) == {cell for cell, row in rows.items() if "accuracy" in row}
+    assert timed["unreduced", None, None]["overhead"] == 0
+    row = timed["ToMe", "per-layer", 0.8]
+    assert 0 < row["overhead"] < 1
+    assert row["speedup"] > 0
 
 
 def test_what_has_no_numbers_says_why(rows):
@@ -105,7 +114,8 @@ def test_three_ways_of_a_dynamic_length(ran):
 def test_a_second_run_adds_nothing(ran, capsys):
     workdir, config = ran
     before = (workdir / "results.jsonl").read_bytes()
-    compare.Compare(config, workdir, "a command").run("compare")
+    for mode in ("compare", "speed"):
+        compare.Compare(config, workdir, "a command").run(mode)
     assert (workdir / "results.jsonl").read_bytes() == before
     assert "Without training, and so not here: clca, dynamicvit" in capsys.readouterr().out
 

@@ -8,7 +8,7 @@ import ml_collections
 
 from tokjax.errors import UserError
 
-MODES = ("all", "train", "eval", "sweep", "features", "bench", "viz", "compare", "report", "lengths")
+MODES = ("all", "train", "eval", "sweep", "features", "bench", "viz", "compare", "speed", "lengths", "report")
 TASKS = {  # name -> module beside this one and class in it; imported when it runs
     "classify": ("classify", "Classify"),
     "compare": ("compare", "Compare"),

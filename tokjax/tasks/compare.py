@@ -2,7 +2,8 @@
 
 A cell is (method, placement, target). Its row goes to `results.jsonl`, the classes that it predicted to `predictions/`;
 what is there is not done again. Most targets are measured on a stratified part of the test images, some on all of them
-(the part among them, so that every curve is drawn from the same images).
+(the part among them, so that every curve is drawn from the same images). Times are taken in a mode of their own, all in
+one run, so that nothing else need be quiet while the accuracies are found.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ import io
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 import ml_collections
@@ -147,8 +149,8 @@ def bootstrap(
 class Compare(classify.Classify):
     """Methods against each other, and against controls, at the same multiply-accumulates."""
 
-    modes = (*classify.Classify.modes, "compare", "report", "lengths")
-    steps = ("compare", "lengths", "report")
+    modes = (*classify.Classify.modes, "compare", "speed", "lengths", "report")
+    steps = ("compare", "speed", "lengths", "report")
 
     def methods(self) -> Iterator[tuple[Mapping[str, Any], str]]:
         """Every method with every placement, as the config names them.
@@ -167,21 +169,20 @@ class Compare(classify.Classify):
     def compare(self) -> None:
         """Fills the table; goes on where it stopped."""
         config, model = self.config.compare, self.model().unreduced
-        self.whole, self.base = model.cost(), self.timed(model)
-        self.batch = self.inputs(model, next(iter(self.test_loader())))
+        self.whole, self.batch = model.cost(), self.inputs(model, next(iter(self.test_loader())))
         done = {_cell(row) for row in self._rows("compare", model)}
         learned = [name for name, entry in sorted(reducers.REGISTRY.items()) if entry.learned]
         print(f"Without training, and so not here: {', '.join(learned)}")
         if _cell({"method": "unreduced"}) not in done:
-            row = {**describe(model, self.whole), "target": None, **self.measured(model, "unreduced", whole=True)}
-            self.record(model, {**row, "speedup": 1.0, "overhead": 0.0})
+            row = {**describe(model, self.whole), "target": None, **self.judged(model, "unreduced", whole=True)}
+            self.record(model, row)
         work = list(self.methods())
         with (
             user_input(),
             tqdm(total=len(work) * len(config.targets), desc="compare", unit="cell", disable=None) as bar,
         ):
             for method, placement in work:
-                start = {"method": method["label"], "placement": placement}
+                start = {"method": method["label"], "name": method["name"], "placement": placement}
                 start["control"] = reducers.entry(method["name"]).control
                 open_targets = [t for t in config.targets if _cell({**start, "target": t}) not in done]
                 bar.update(len(config.targets) - len(open_targets))
@@ -218,23 +219,31 @@ class Compare(classify.Classify):
         return {
             **describe(found.model, self.whole, start["method"]),
             **reached,
+            "settings": found.settings,
             "control": start["control"],
-            **self.measured(found.model, name, whole=whole),
+            **self.judged(found.model, name, whole=whole),
         }
 
-    def measured(self, model: api.Model, name: str, *, whole: bool) -> dict[str, Any]:
-        """Accuracy on the part of the images, and on all of them where asked; interleaved times; reducers' share."""
-        config, this = self.config.compare, self.timed(model)
-        runs = {"unreduced": lambda: self.base(self.batch), "this": lambda: this(self.batch)}
-        times = timing.interleaved(runs, warmup=1, repeats=config.rounds, calls=config.calls)
-        count = len(self.batch)
-        return {
-            **self.judged(model, name, whole=whole),
-            "images_per_s": count / times["this"].median_s,
-            "speedup": timing.ratio(times["unreduced"], times["this"]),
-            "overhead": profile.reducer_share(model.compiled(self.batch), runs["this"]) if model.methods else 0.0,
-            "batch": count,
-        }
+    def speed(self) -> None:
+        """Times every cell that has an accuracy, interleaved with the unreduced model; and the reducer's share."""
+        config, model = self.config.compare, self.model().unreduced
+        inputs = self.inputs(model, next(iter(self.test_loader())))
+        count, done = len(jax.tree.leaves(inputs)[0]), {_cell(row) for row in self._rows("speed", model)}
+        rows = [row for row in self._rows("compare", model) if "accuracy" in row and _cell(row) not in done]
+        for row in tqdm(rows, desc="speed", unit="cell", disable=None):
+            with user_input():
+                reduced = api.reduce(model, row["name"], **row["settings"]) if "settings" in row else model
+            runs = {"unreduced": functools.partial(model, inputs), "this": functools.partial(reduced, inputs)}
+            times = timing.interleaved(runs, warmup=1, repeats=config.rounds, calls=config.calls)
+            found = {
+                **{key: row.get(key) for key in ("method", "placement", "target")},
+                "images_per_s": count / times["this"].median_s,
+                "speedup": timing.ratio(times["unreduced"], times["this"]),
+                "overhead": profile.reducer_share(reduced.compiled(inputs), runs["this"]),
+                "batch": count,
+                **timing.device_summary(),
+            }
+            report.append_jsonl(self.workdir / RESULTS, {**self._stamp("speed", model), **found})
 
     def judged(self, model: api.Model, name: str, *, whole: bool) -> dict[str, Any]:
         """Accuracy and agreement with the unreduced model; the predictions are kept for the bootstrap."""
@@ -296,7 +305,12 @@ class Compare(classify.Classify):
     def report(self) -> None:
         """Tables, the Pareto figure and a page of HTML from the rows that are there."""
         model = self.model().unreduced
-        rows = self._rows("compare", model)
+        timed = {_cell(row): row for row in self._rows("speed", model)}
+        known = ("images_per_s", "speedup", "overhead", "batch")
+        rows = [
+            {**row, **{key: timed[_cell(row)][key] for key in known if _cell(row) in timed}}
+            for row in self._rows("compare", model)
+        ]
         if not rows:
             raise UserError(f"{self.workdir / RESULTS} has no comparison of this model yet: run --mode=compare")
         judged = self.against_controls(model, rows)
