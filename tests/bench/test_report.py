@@ -235,9 +235,33 @@ def test_the_page_says_what_the_rows_say(tmp_path):
     points = json.loads(page.text["script"].split("\n")[0])
     assert [point["name"] for point in points] == ["random (control)", "tome", "unreduced"]
     assert points[1]["values"]["macs"] == 2_713_000_000 and ["rel. MACs", "0.589"] in points[1]["texts"]
+    drawn = [int(row["data-row"]) for row in page.all("tr") if "data-row" in row]
+    assert drawn == [3, 0, 1, 2] and [point["row"] for point in points] == [0, 1, 3]
+    entries = [(label["data-method"], label["data-role"]) for label in page.all("label") if "data-method" in label]
+    assert entries == [("none", "baseline"), ("tome", "method"), ("drops", "method"), ("random", "control")]
+    assert all(box.get("checked", "") is None for box in page.all("input") if box["type"] == "checkbox")
     options = [option["value"] for option in page.all("option")]
     assert options[:2] == ["accuracy", "macs_relative"] and "agreement" not in options
     assert "<b>html</b>" in text
+
+
+def test_placements_are_told_apart(tmp_path):
+    rows = [NONE, TOME | {"placement": "per-layer"}, TOME | {"placement": "staged"}, DROPS | {"placement": "staged"}]
+    text, page = write(tmp_path, rows=rows, sections=[])
+    titles = re.findall(r'<th scope="col"[^>]*>([^<]*)</th>', text)
+    assert titles[:4] == ["method", "placement", "setting", "target"]
+    assert '<td class="note" colspan="6">' in text  # behind the method, its placement, setting and target
+    assert [row["data-placement"] for row in page.all("tr") if "data-row" in row] == [
+        "-",
+        "per-layer",
+        "staged",
+        "staged",
+    ]
+    points = json.loads(page.text["script"].split("\n")[0])
+    assert [point["detail"] for point in points] == [[], ["per-layer", "r=13"], ["staged", "r=13"]]
+    picks = [select["data-filter"] for select in page.all("select") if "data-filter" in select]
+    assert picks == ["placement"] and text.count('class="key"') == 2
+    assert 'class="key"' not in write(tmp_path, rows=rows[:2])[0]
 
 
 def test_everything_is_escaped(tmp_path):
@@ -251,7 +275,9 @@ def test_everything_is_escaped(tmp_path):
     assert len(page.all("script")) == 2 and len(page.all("img")) == 1 and "onerror" not in page.all("img")[0]
     assert "<script>alert" not in text and "<img src=x" not in text
     points = json.loads(page.text["script"].split("\n")[0])
-    assert points[1]["name"] == evil
+    assert points[1]["name"] == points[1]["method"] == evil
+    assert not set("<>&") & set(page.text["script"].split("\n")[0])
+    assert [label["data-method"] for label in page.all("label") if "data-method" in label] == ["none", evil]
     assert page.text["h1"] == evil and page.text["title"] == evil
 
 

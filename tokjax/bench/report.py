@@ -3,6 +3,7 @@
 A row of results is a plain dict, one line of `results.jsonl`:
 
     method, setting       name of the reducer and its knob ("r=13", or a dict)
+    placement             where the reducer stands, e.g. "per-layer" or "staged", if results of both are compared
     target                the budget that was asked for, as a share of the unreduced model's MACs; None if none was
     accuracy              share of right answers in 0..1; other tasks have other metrics, see `tokjax.viz.SHARES`
     macs, macs_reducer    multiply-accumulates an image, those of the reducer apart
@@ -216,6 +217,7 @@ def _words(value: Any) -> str:
 _percent = _number(lambda share: f"{100 * share:.2f}")
 _known = [
     Column("method", "method", str, numeric=False),
+    Column("placement", "placement", str, numeric=False),
     Column("setting", "setting", _words, numeric=False),
     Column("target", "target", _words),
     *(Column(key, f"{name} %", _percent) for key, name in viz.SHARES.items()),
@@ -420,9 +422,11 @@ def write_html(
 ) -> Path:
     """Writes a report as one file that needs nothing else: styles, script and pictures are inside it.
 
-    The page shows the unreduced model's figures, an interactive plot of quality over cost, the table of results (to be
-    sorted and filtered), the sections in their order, and at the end the command and the machine. It follows the
-    reader's light or dark setting. Text is escaped; a policy in the page forbids it to load anything.
+    The page shows the unreduced model's figures, a plot of quality over cost whose points say more under the pointer or
+    the keyboard's focus, the table of results, the sections in their order, and at the end the command and the machine.
+    One filter by method, placement and target holds for the plot and the table, which can be sorted too; without
+    JavaScript the whole table is there. The page follows the reader's light or dark setting. Text is escaped; a policy
+    in the page forbids it to load anything.
 
     Args:
         path: of the file; missing folders are made, and the file appears whole or not at all.
@@ -450,9 +454,7 @@ def write_html(
     parts = []
     if rows:
         parts.append(_cards(rows, roles, quality))
-        across, up = _options(rows, _COSTS), _options(rows, {quality: viz.SHARES[quality], **viz.SHARES})
-        parts.append(string.Template(_CHART).substitute(x=across, y=up) if across and up else "")
-        parts.append(_section("Results", _html_table(rows, roles, chosen, filtered=True)))
+        parts.append(_results(rows, roles, chosen, quality))
     for heading, body in sections:
         parts.append(_section(heading, _body(body, heading, chosen, baseline, controls)))
     facts = "".join(
@@ -460,18 +462,14 @@ def write_html(
     )
     reproduce = f'<pre class="command" tabindex="0"><code>{_escape(command.strip())}</code></pre><dl>{facts}</dl>'
     parts.append(_section("Command and machine", reproduce))
-    points = [
-        _point(row, role)
-        for row, role in zip(rows, roles, strict=True)
-        if all(any(viz.is_number(row.get(key)) for key in keys) for keys in (_COSTS, viz.SHARES))
-    ]
+    points = [_point(i, rows[i], roles[i]) for i in range(len(rows)) if _drawable(rows[i])]
     page = string.Template(resources.files("tokjax.bench").joinpath("report.html").read_text("utf-8")).substitute(
         title=_escape(title),
         summary=f'<p class="summary">{_escape(summary)}</p>' if summary.strip() else "",
         body="\n".join(parts),
         percent=" ".join(viz.SHARES),
         # Nothing in the data can end the script element or open a comment in it.
-        points=json.dumps(plain(points), allow_nan=False).replace("<", "\\u003c").replace(">", "\\u003e"),
+        points=json.dumps(plain(points), allow_nan=False).translate(_IN_SCRIPT),
     )
     return viz.write_whole(path, page.encode())
 
@@ -483,12 +481,19 @@ _COSTS = {
     "images_per_s": "images per second",
     "speedup": "measured speed-up",
 }
-_CHART = """<section class="card" id="plot"><div class="head"><h2>Quality over cost</h2>
-<div class="pick"><label>show <select id="pick-y">$y</select></label>
-<label>over <select id="pick-x">$x</select></label></div></div>
-<div class="plot"><svg id="pareto" role="img" aria-label="Quality over cost of every result; the table below holds the
-same numbers"></svg><div id="tip" hidden></div></div><div id="legend"></div>
-<noscript><p>The plot needs JavaScript; the table below holds the same numbers.</p></noscript></section>"""
+_IN_SCRIPT = str.maketrans({character: f"\\u{ord(character):04x}" for character in "<>&"})
+_CHART = """<div class="pick script"><label>show <select id="pick-y">$y</select></label>
+<label>over <select id="pick-x">$x</select></label>$key</div>
+<div class="plot script"><svg id="pareto" role="group" aria-label="Quality over cost, a curve for each method; arrow
+keys go from point to point, the table below holds the same numbers"></svg><div id="tip" hidden></div></div>
+<noscript><p>The plot and the filter need JavaScript; the table holds the same numbers.</p></noscript>"""
+_LEGEND: tuple[viz.Role, ...] = ("baseline", "method", "control")
+_FILTER = """<fieldset id="filter" class="script"><legend>methods to show</legend>
+<div class="pick"><label>methods <input type="search" id="name" placeholder="any name" autocomplete="off"
+spellcheck="false" aria-label="show methods whose name contains"></label>
+<span><button type="button" data-check="all">all</button>
+<button type="button" data-check="none">none</button></span>$picks
+<span class="count" role="status"></span></div><div id="legend">$entries</div></fieldset>"""
 
 
 def _escape(text: Any) -> str:
@@ -504,13 +509,58 @@ def _options(rows: Sequence[Row], names: Mapping[str, str]) -> str:
     return "".join(f'<option value="{key}">{names[key]}</option>' for key in there)
 
 
-def _point(row: Row, role: viz.Role) -> dict[str, Any]:
+def _results(rows: Sequence[Row], roles: Sequence[viz.Role], columns: Sequence[Column], quality: str) -> str:
+    """Plot, filter and table; the page's script ties them together by `data-row` and `data-method`."""
+    drawn, chart = [row for row in rows if _drawable(row)], ""
+    placements = [value for value in _values(drawn, "placement") if value != "-"]
+    if drawn:
+        key = "".join(f'<span class="key"><svg aria-hidden="true"></svg>{_escape(name)}</span>' for name in placements)
+        chart = string.Template(_CHART).substitute(
+            x=_options(drawn, _COSTS),
+            y=_options(drawn, {quality: viz.SHARES[quality], **viz.SHARES}),
+            key=key if len(placements) > 1 else "",
+        )
+    methods: dict[str, viz.Role] = {}
+    for row, role in sorted(zip(rows, roles, strict=True), key=lambda pair: _LEGEND.index(pair[1])):
+        methods.setdefault(row["method"], role)
+    icon = '<svg aria-hidden="true"></svg>' if drawn else ""
+    entries = "".join(
+        f'<label data-method="{_escape(method)}" data-role="{role}"><input type="checkbox" checked autocomplete="off">'
+        f"{icon}<span>{_escape(viz.method_label(method, role))}</span></label>"
+        for method, role in methods.items()
+    )
+    choices = {key: [value for value in _values(rows, key) if value != "-"] for key in ("placement", "target")}
+    picks = "".join(
+        f'<label>{key} <select data-filter="{key}" autocomplete="off"><option value="">all</option>'
+        + "".join(f'<option value="{_escape(value)}">{_escape(value)}</option>' for value in values)
+        + "</select></label>"
+        for key, values in choices.items()
+        if len(values) > 1
+    )
+    filters = string.Template(_FILTER).substitute(picks=picks, entries=entries)
+    table = _html_table(rows, roles, _with_filters(columns, rows), "results", numbered=True)
+    return f'<section class="card" id="results"><h2>Results</h2>{chart}{filters}{table}</section>'
+
+
+def _values(rows: Sequence[Row], key: str) -> list[str]:
+    return list(dict.fromkeys(KNOWN_COLUMNS[key].text(row) for row in rows))
+
+
+def _drawable(row: Row) -> bool:
+    return all(any(viz.is_number(row.get(key)) for key in keys) for keys in (_COSTS, viz.SHARES))
+
+
+def _point(number: int, row: Row, role: viz.Role) -> dict[str, Any]:
     """What the plot needs of a row: numbers for the axes, and the texts of the table for what hovering shows."""
     keys = [key for key in (*viz.SHARES, *_COSTS) if viz.is_number(row.get(key))]
+    details = [KNOWN_COLUMNS[key].text(row) for key in ("placement", "setting")]
     return {
+        "row": number,
+        "method": row["method"],
+        "placement": details[0].strip("-"),
         "name": viz.method_label(row["method"], role),
         "role": role,
-        "setting": KNOWN_COLUMNS["setting"].text(row),
+        "detail": [text for text in details if text != "-"],
         "values": {key: row[key] for key in keys},
         "texts": [[KNOWN_COLUMNS[key].title, KNOWN_COLUMNS[key].text(row)] for key in keys],
     }
@@ -546,20 +596,23 @@ def _cards(rows: Sequence[Row], roles: Sequence[viz.Role], quality: str) -> str:
     return f'<div class="cards">{inner}</div>' if cards else ""
 
 
+def _with_filters(columns: Sequence[Column], rows: Sequence[Row]) -> list[Column]:
+    """The columns, with those that rows are filtered by: the placement before the setting, the target behind it."""
+    found = list(columns)
+    for key, behind in (("placement", 0), ("target", 1)):
+        if len(_values(rows, key)) > 1 and all(column.key != key for column in found):
+            place = next((i + behind for i, column in enumerate(found) if column.key == "setting"), len(found))
+            found.insert(place, KNOWN_COLUMNS[key])
+    return found
+
+
 def _html_table(
-    rows: Sequence[Row], roles: Sequence[viz.Role], columns: Sequence[Column], filtered: bool = False
+    rows: Sequence[Row], roles: Sequence[viz.Role], columns: Sequence[Column], name: str, numbered: bool = False
 ) -> str:
-    targets = list(dict.fromkeys(KNOWN_COLUMNS["target"].text(row) for row in rows))
-    if filtered and len(targets) > 1 and all(column.key != "target" for column in columns):
-        place = next((i + 1 for i, column in enumerate(columns) if column.key == "setting"), len(columns))
-        columns = [*columns[:place], KNOWN_COLUMNS["target"], *columns[place:]]
-    head = "".join(
-        f'<th scope="col"{_kind(column)}><button type="button">{_escape(column.title)}</button></th>'
-        for column in columns
-    )
+    head = "".join(f'<th scope="col"{_kind(column)}>{_escape(column.title)}</th>' for column in columns)
     body = []
-    order = {"baseline": 0, "method": 1, "control": 1}
-    for row, role in sorted(zip(rows, roles, strict=True), key=lambda pair: order[pair[1]]):
+    for number in sorted(range(len(rows)), key=lambda i: roles[i] != "baseline"):
+        row, role = rows[number], roles[number]
         cells, texts = [], _cells(row, role, columns)
         for i, text in enumerate(texts):
             column, value = columns[i], row.get(columns[i].key)
@@ -573,26 +626,15 @@ def _html_table(
                 cells.append(f'<th scope="row">{_escape(name)}{pill}</th>')
             else:
                 cells.append(f"<td{_kind(column)}{sort}>{_escape(text)}</td>")
-        data = f'data-method="{_escape(row["method"])}" data-target="{_escape(KNOWN_COLUMNS["target"].text(row))}"'
-        body.append(f'<tr class="{role}" {data}>{"".join(cells)}</tr>')
+        data = "".join(f' data-{key}="{_escape(KNOWN_COLUMNS[key].text(row))}"' for key in ("placement", "target"))
+        place = f' data-row="{number}"' if numbered else ""
+        body.append(f'<tr class="{role}" data-method="{_escape(row["method"])}"{data}{place}>{"".join(cells)}</tr>')
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
-    table = f'<div class="scroll" tabindex="0">{table}</div>'
-    if not filtered:
-        return table
-    picks = [("method", list(dict.fromkeys(row["method"] for row in rows))), ("target", targets)]
-    filters = "".join(
-        f'<label>{name} <select data-filter="{name}"><option value="">all</option>'
-        + "".join(f'<option value="{_escape(value)}">{_escape(value)}</option>' for value in values if value != "-")
-        + "</select></label>"
-        for name, values in picks
-        if len(values) > 1
-    )
-    return f'<div class="pick">{filters}<span class="count" aria-live="polite"></span></div>{table}'
+    return f'<div class="scroll" tabindex="0" role="region" aria-label="{_escape(name)}, a table">{table}</div>'
 
 
 def _kind(column: Column) -> str:
-    names = ["num"] * column.numeric + ["target"] * (column.key == "target")
-    return f' class="{" ".join(names)}"' if names else ""
+    return ' class="num"' if column.numeric else ""
 
 
 def _body(body: Any, heading: str, columns: Sequence[Column], baseline: str | None, controls: Sequence[str]) -> str:
@@ -607,7 +649,7 @@ def _body(body: Any, heading: str, columns: Sequence[Column], baseline: str | No
     if isinstance(body, (list, tuple)) and body:
         if all(isinstance(entry, Mapping) for entry in body):
             _check_rows(body)
-            return _html_table(body, [viz.row_role(row, baseline, controls) for row in body], columns)
+            return _html_table(body, [viz.row_role(row, baseline, controls) for row in body], columns, heading)
         if all(isinstance(entry, (viz.Picture, Figure, np.ndarray)) for entry in body):
             pictures = [entry if isinstance(entry, viz.Picture) else viz.Picture(entry) for entry in body]
             return f'<div class="gallery">{"".join(_picture(picture, heading) for picture in pictures)}</div>'
