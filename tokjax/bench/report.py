@@ -236,7 +236,6 @@ _known = [
     Column("gain", "over the better control, points [95 %]", _words),
     Column("filled", "slots filled %", _percent),
     Column("largest_difference", "largest difference", _number(lambda value: f"{value:.1e}")),
-    Column("placement", "placement", _words, numeric=False),
 ]
 KNOWN_COLUMNS = {column.key: column for column in _known}
 COLUMNS = ("method", "setting", "accuracy", "macs", "macs_relative", "mean_tokens", "images_per_s", "speedup")
