@@ -38,7 +38,7 @@ class ModelInfo:
     length: int  # N at the input, prefix included
     prefix: int = 0
     grid: tuple[int, int] | None = None
-    pooling: str = "cls"  # what the head reads: "cls", "mean" or "size_mean"
+    pooling: str = "cls"  # what the head reads: "cls", "mean", "size_mean", "cls_mean" or "map"
     sites: frozenset[str] = frozenset(get_args(Where))
     classes: int = 0  # 0: no classifier
 

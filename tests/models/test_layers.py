@@ -131,6 +131,14 @@ def test_pooling():
     np.testing.assert_allclose(out, x[:, 1:].mean(1), atol=1e-6)
 
 
+def test_cls_and_mean_side_by_side():
+    x, out = pooled("cls_mean", size=SIZE, valid=VALID, prefix=3)  # CLS and two registers
+    assert out.shape == (2, 6)
+    np.testing.assert_array_equal(out[:, :3], x[:, 0])
+    np.testing.assert_array_equal(out[:, 3:], pooled("size_mean", size=SIZE, valid=VALID, prefix=3)[1])
+    np.testing.assert_allclose(out[1, 3:], x[1, 3], atol=1e-6)  # the only patch that is no padding
+
+
 @pytest.mark.parametrize("how", ["mean", "size_mean"])
 def test_pooling_leaves_padding_out(how):
     x, out = pooled(how, size=SIZE, valid=VALID, prefix=1)

@@ -66,6 +66,8 @@ def run(cfg, hooks=(), *, params=None, **options):
         ({"gelu": "relu"}, r"gelu='relu': must be one of exact, tanh, quick"),
         ({"position": "rotary"}, r"position='rotary': must be one of learned, sincos"),
         ({"class_token": False}, r"pooling='cls': needs class_token=True"),
+        ({"class_token": False, "pooling": "cls_mean"}, r"pooling='cls_mean': needs class_token=True"),
+        ({"fc_norm": True, "pooling": "cls_mean"}, r"pooling='cls_mean': needs fc_norm=False"),
         ({"class_token": False, "pooling": "mean", "distilled": True}, r"distilled=True: needs class_token=True"),
         ({"dtype": "int8"}, r"dtype='int8': must be one of float32, bfloat16, float16"),
         ({"drop_path": 1.0}, r"drop_path=1.0: must be in \[0, 1\)"),
@@ -357,6 +359,10 @@ def test_aux_is_returned():
         ({"pooling": "mean", "class_token": False}, lambda x, norm: norm(x).mean(1)),
         ({"pooling": "mean", "fc_norm": True}, lambda x, norm: norm(x[:, 1:].mean(1))),
         ({"pooling": "size_mean", "registers": 2}, lambda x, norm: norm(x)[:, 3:].mean(1)),
+        (
+            {"pooling": "cls_mean", "registers": 2},
+            lambda x, norm: jnp.concatenate([norm(x)[:, 0], norm(x)[:, 3:].mean(1)], 1),
+        ),
     ],
 )
 def test_pooling_and_head(changes, expected):
@@ -380,6 +386,8 @@ def test_a_readout_replaces_pooling():
     model = nnx.merge(graphdef, params)
     first, _ = model.blocks[0](model.embed(images()))
     np.testing.assert_allclose(out.pooled, first.x[:, 1], atol=1e-5)
+    with pytest.raises(ValueError, match=r"readout hook gave features of shape \(2, 8\): must be \(batch, 16\)"):
+        run(dataclasses.replace(TINY, pooling="cls_mean"), [Hook("readout", 0, First(), "readout")])
 
 
 def test_distilled_models_have_two_heads_and_answer_with_their_mean():

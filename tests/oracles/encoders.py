@@ -250,6 +250,26 @@ def dinov3_gated(seed: int):
     return arrays, settings(config) | {"architectures": ["DINOv3ViTModel"]}
 
 
+def dinov2_classifier(seed: int, registers: int):
+    kind = "Dinov2WithRegisters" if registers else "Dinov2"
+    config = getattr(transformers, f"{kind}Config")(
+        hidden_size=8,
+        mlp_ratio=2,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=8,
+        num_labels=5,
+        **({"num_register_tokens": registers} if registers else {}),
+    )
+    model = randomise(getattr(transformers, f"{kind}ForImageClassification")(config), seed)
+    arrays = file_names(model)
+    for suffix, size in (("", (32, 32)), ("_other_size", (48, 40))):
+        x = images(seed + 1, *size)
+        arrays |= {f"pixel_values{suffix}": x.numpy(), f"logits{suffix}": model(x).logits.numpy()}
+    return arrays, settings(config) | {"architectures": [type(model).__name__]}
+
+
 def mae(seed: int):
     config = transformers.ViTMAEConfig(
         hidden_size=8,
@@ -320,6 +340,8 @@ def cases() -> Iterator[tuple[str, tuple[Arrays, dict[str, Any] | None]]]:
     yield "hf_dinov3_gated", dinov3_gated(12)
     yield "hf_vit_mae", mae(13)
     yield "open_clip_exact_gelu", open_clip_exact(14)
+    yield "hf_dinov2_classifier", dinov2_classifier(15, 0)
+    yield "hf_dinov2_registers_classifier", dinov2_classifier(16, 3)
 
 
 @torch.no_grad()

@@ -53,6 +53,8 @@ def write(root: Path) -> None:
         "hf_dinov2": dino,
         "hf_dinov2_swiglu": but(dino, mlp="swiglu", mlp_ratio=3.0),
         "hf_dinov2_registers": but(dino, registers=4),
+        "hf_dinov2_classifier": but(dino, num_classes=5, pooling="cls_mean"),
+        "hf_dinov2_registers_classifier": but(dino, num_classes=5, pooling="cls_mean", registers=4),
         "hf_dinov3": dino3,
         "hf_dinov3_gated": but(dino3, mlp="swiglu"),
         "hf_dinov3_key_bias": but(dino3, key_bias=True),

@@ -369,7 +369,6 @@ def test_whose_clip_it_is_decides_the_activation():
 @pytest.mark.parametrize(
     ("family", "config", "message"),
     [
-        ("dinov2", {"architectures": ["Dinov2ForImageClassification"]}, "CLS and the mean patch"),
         ("dinov3_vit", {"value_bias": False}, "value_bias = False"),
         ("dinov3_vit", {"mlp_bias": False}, "mlp_bias"),
         ("dinov3_vit", {"use_gated_mlp": True, "hidden_act": "gelu"}, "use_gated_mlp"),
@@ -381,6 +380,16 @@ def test_whose_clip_it_is_decides_the_activation():
 def test_what_is_refused_says_why(family, config, message):
     with pytest.raises(UserError, match=message):
         families.FAMILIES[family].configure(config, NONE)
+
+
+def test_dinov2_with_a_classifier_reads_cls_and_mean():
+    config = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    config |= {"intermediate_size": 32, "num_channels": 3, "id2label": {"0": "cat", "1": "dog", "2": "owl"}}
+    for labels in ({}, {"architectures": ["Dinov2ForImageClassification"]}):
+        model = families.HF_DINOV2.configure({**config, **labels}, Shapes({"classifier.weight": (3, 16)}))
+        assert (model.pooling, model.num_classes, model.pooled_width) == ("cls_mean", 3, 16)
+    model = families.HF_DINOV2.configure({**config, "architectures": ["Dinov2Model"]}, NONE)
+    assert (model.pooling, model.num_classes) == ("cls", 0)
 
 
 def test_the_hidden_width_of_a_gated_mlp():

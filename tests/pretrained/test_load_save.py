@@ -48,6 +48,7 @@ SIGLIP_TEXT = TextConfig(
 NAFLEX = dataclasses.replace(SIGLIP, position="naflex", image_size=(32, 32))
 SIGLIP_LOGITS = {"logit_scale": math.log(10), "logit_bias": -10.0}
 DINO = tiny(layer_scale=1.0, num_classes=0)
+DINO_HEAD = dataclasses.replace(DINO, num_classes=5, pooling="cls_mean")
 DINOV3 = dataclasses.replace(DINO, position="rope", registers=2, key_bias=False, norm_eps=1e-5)
 
 # Name -> (config, the form that "hf" gives it, that of "timm", whether these libraries' keys alone tell it all).
@@ -79,6 +80,14 @@ TOWERS = {
         True,
     ),
     "DINOv2 with registers": (dataclasses.replace(DINO, registers=3), "dinov2_with_registers", "timm", True),
+    "DINOv2's classifier": (DINO_HEAD, "dinov2", "dinov2", True),
+    "DINOv2's classifier with registers": (
+        dataclasses.replace(DINO_HEAD, registers=3),
+        "dinov2_with_registers",
+        "dinov2_with_registers",
+        True,
+    ),
+    "CLS and mean, rotary": (dataclasses.replace(DINO_HEAD, position="rope"), "timm", "timm", False),
     "DINOv3": (DINOV3, "dinov3_vit", "timm_eva", True),
     "DINOv3 gated": (dataclasses.replace(DINOV3, mlp="swiglu", mlp_ratio=1.5), "dinov3_vit", "timm_eva", True),
     "DINOv3 without biases": (

@@ -87,6 +87,7 @@ def layer_norm(width: int, eps: float, rngs: nnx.Rngs) -> nnx.LayerNorm:
 
 
 def linear(inputs: int, outputs: int, *, bias: bool, dtype: str, rngs: nnx.Rngs, init=None) -> nnx.Linear:
+    """A dense layer with parameters in float32, which computes in `dtype`; `init` of its kernel, None: Xavier's."""
     init = init or nnx.initializers.xavier_uniform()
     return nnx.Linear(inputs, outputs, use_bias=bias, dtype=jnp.dtype(dtype), kernel_init=init, rngs=rngs)
 
@@ -174,14 +175,19 @@ def drop_path(x: Float[Array, "B N C"], rate: float | Array, key: Array | None) 
     return jnp.where(kept, x / (1 - rate), 0)
 
 
-def pool(tokens: Tokens, how: Literal["cls", "mean", "size_mean"]) -> Float[Array, "B C"]:
-    """One vector a row: token 0, the mean of the other tokens, or their mean weighted by size (padding left out).
+def pool(tokens: Tokens, how: Literal["cls", "mean", "size_mean", "cls_mean"]) -> Float[Array, "B K"]:
+    """One vector a row: token 0, the mean of the patches, or their mean weighted by size (padding left out).
+
+    What is no patch (CLS, registers) is in no mean. "cls_mean" is token 0 and behind it the mean weighted by size, K =
+    2C channels, which DINOv2's classifiers read (facebookresearch/dinov2 `dinov2/eval/linear.py`, of one layer).
 
     Weighted by size, the mean over merged tokens is the mean over the patches that they stand for (ToMe's MAE models,
     `tome/patch/mae.py`); where no size is tracked both means are the same.
     """
     if how == "cls":
         return tokens.x[:, 0]
+    if how == "cls_mean":
+        return jnp.concatenate([tokens.x[:, 0], pool(tokens, "size_mean")], -1)
     x = tokens.x[:, tokens.prefix :].astype(jnp.float32)
     weight = jnp.ones(x.shape[:2]) if how == "mean" else tokens.sizes()[:, tokens.prefix :]
     if tokens.valid is not None:

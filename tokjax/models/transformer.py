@@ -74,7 +74,7 @@ class Output(struct.PyTreeNode):
 
     logits: Float[Array, "B K"]
     head_logits: tuple[Float[Array, "B K"], ...]  # of each head: CLS, and DIST in distilled models
-    pooled: Float[Array, "B C"]
+    pooled: Float[Array, "B C"]  # 2C with pooling="cls_mean"
     features: Float[Array, "B N C"]  # tokens after the final norm
     tokens: Tokens  # after the last block
     trace: tuple[LayerTrace, ...] | None
@@ -82,6 +82,12 @@ class Output(struct.PyTreeNode):
 
 
 class Attention(nnx.Module):
+    """Self-attention in two steps, so that hooks may look at and change what lies between them.
+
+    `signals` makes queries, keys and values with the biases of the tokens that travel; the call attends as the signals'
+    rule says and projects.
+    """
+
     def __init__(self, cfg: BlockConfig, *, rngs: nnx.Rngs):
         c, d = cfg.width, cfg.width // cfg.heads
         self.heads, self.implementation, self.causal, self.rope = cfg.heads, cfg.attention, cfg.causal, cfg.rope
@@ -96,6 +102,13 @@ class Attention(nnx.Module):
         self.qk_norm = cfg.qk_norm
 
     def signals(self, x: Float[Array, "B N C"], tokens: Tokens, context: Context) -> Signals:
+        """What attention works on.
+
+        Args:
+            x: normalised features of the tokens.
+            tokens: their sizes, positions, masks and gates.
+            context: what lies outside of the block.
+        """
         b, n, c = x.shape
         d = c // self.heads
         qkv = self.qkv(x)
@@ -140,6 +153,8 @@ def _pair_bias(
 
 
 class Block(nnx.Module):
+    """A pre-norm transformer block: attention, then MLP, each on a residual branch, with the sites for hooks."""
+
     def __init__(self, cfg: BlockConfig, *, rngs: nnx.Rngs):
         c, eps = cfg.width, cfg.norm_eps
         self.norm1, self.norm2 = layers.layer_norm(c, eps, rngs), layers.layer_norm(c, eps, rngs)

@@ -22,7 +22,7 @@ from tokjax.models.transformer import SITES, Blocks, Gelu, MlpKind, Output, Ran,
 from tokjax.signals import Context
 from tokjax.tokens import Tokens
 
-Pooling = Literal["cls", "mean", "size_mean", "map"]
+Pooling = Literal["cls", "mean", "size_mean", "cls_mean", "map"]
 Position = Literal["learned", "sincos", "rope", "naflex"]
 
 
@@ -78,7 +78,7 @@ class ViTConfig:
     class_token: bool = True
     distilled: bool = False  # DeiT's distillation token and second head; evaluation takes the mean of both heads
     registers: int = 0
-    pooling: Pooling = "cls"
+    pooling: Pooling = "cls"  # cls_mean: CLS beside the mean weighted by size, twice the width (DINOv2's classifiers)
     norm_eps: float = 1e-6
     gelu: Gelu = "exact"
     layer_scale: float | None = None  # initial value; None: no LayerScale
@@ -115,8 +115,10 @@ class ViTConfig:
         for name, kind in (("pooling", Pooling), ("position", Position)):
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(get_args(kind))}")
-        if self.pooling == "cls" and not self.class_token:
-            raise ValueError("pooling='cls': needs class_token=True")
+        if self.pooling in ("cls", "cls_mean") and not self.class_token:
+            raise ValueError(f"pooling={self.pooling!r}: needs class_token=True")
+        if self.pooling == "cls_mean" and self.fc_norm:
+            raise ValueError("pooling='cls_mean': needs fc_norm=False")
         if self.distilled and not self.class_token:
             raise ValueError("distilled=True: needs class_token=True")
 
@@ -144,6 +146,11 @@ class ViTConfig:
     def table_prefix(self) -> int:
         """Rows of the position table that are not patches."""
         return self.position_prefix * (self.class_token + self.distilled)
+
+    @property
+    def pooled_width(self) -> int:
+        """Channels of the pooled features, which the head reads."""
+        return self.width * (1 + (self.pooling == "cls_mean"))
 
     @property
     def info(self) -> hk.ModelInfo:
@@ -208,6 +215,16 @@ def preset(name: str, **changes: Any) -> ViTConfig:
 
 
 class ViT(Blocks):
+    """An encoder of images as `cfg` describes it, with or without a head.
+
+    Attributes:
+        patch_embed: patches to tokens; `cls_token`, `dist_token` and `reg_token` are put before them, where `cfg` has
+            them, and `pos_embed` is added, unless positions are rotary.
+        blocks: the transformer, in a list or stacked (`cfg.scan`).
+        norm: before pooling; with `cfg.fc_norm` there is `fc_norm` behind it instead.
+        head: on what was pooled; `head_dist` on the distillation token.
+    """
+
     def __init__(self, cfg: ViTConfig, *, rngs: nnx.Rngs):
         c, normal = cfg.width, nnx.initializers.truncated_normal(0.02)
         self.cfg = cfg
@@ -237,13 +254,13 @@ class ViT(Blocks):
             self.attn_pool = layers.AttentionPool(cfg, rngs=rngs)
         if cfg.num_classes:
 
-            def head():
+            def head(width: int) -> nnx.Linear:
                 zeros = nnx.initializers.zeros
-                return layers.linear(c, cfg.num_classes, bias=cfg.head_bias, dtype=cfg.dtype, rngs=rngs, init=zeros)
+                return layers.linear(width, cfg.num_classes, bias=cfg.head_bias, dtype=cfg.dtype, rngs=rngs, init=zeros)
 
-            self.head = head()
+            self.head = head(cfg.pooled_width)
             if cfg.distilled:
-                self.head_dist = head()
+                self.head_dist = head(c)
 
     def __call__(
         self,
@@ -334,12 +351,21 @@ class ViT(Blocks):
         return self._run(self.cfg, tokens, hooks, context, span=span).tokens
 
     def readout(self, ran: Ran) -> Output:
-        """Final norm, pooling and head on what the blocks left."""
+        """Final norm, pooling and head on what the blocks left.
+
+        Raises:
+            ValueError: a `readout` hook gave features of another width than the head reads.
+        """
         cfg, tokens, pooled = self.cfg, ran.tokens, ran.pooled
         features = tokens.x if cfg.fc_norm else self.norm(tokens.x).astype(tokens.x.dtype)
         if pooled is None:
             last = tokens.replace(x=features)
             pooled = self.attn_pool(last) if cfg.pooling == "map" else layers.pool(last, cfg.pooling)
+        elif cfg.num_classes and pooled.shape[1:] != (cfg.pooled_width,):
+            raise ValueError(
+                f"a readout hook gave features of shape {pooled.shape}: must be (batch, {cfg.pooled_width}), as the head "
+                f"of pooling={cfg.pooling!r} reads"
+            )
         if cfg.fc_norm:
             pooled = self.fc_norm(pooled).astype(tokens.x.dtype)
         heads: tuple[Array, ...] = ()

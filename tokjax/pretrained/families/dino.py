@@ -1,7 +1,10 @@
 """DINOv2 and DINOv3: Hugging Face's `dinov2`, `dinov2_with_registers`, `dinov3_vit`, and the names of their authors.
 
-Backbones whose pooled feature is CLS. DINOv2 has a table for 518 pixels, resized bicubic, with anti-aliasing only in
-the models with registers, which have no row in it. DINOv3 has rotary positions and no bias on keys. The largest models
+Backbones whose pooled feature is CLS. The classifiers of DINOv2 (`Dinov2ForImageClassification`) read CLS beside the mean
+of the patches, both behind the final norm, without the registers: as the authors' linear probes (`dinov2/eval/linear.py`),
+and as transformers since its pull request 37836, before which registers were in the mean of
+`Dinov2WithRegistersForImageClassification`. DINOv2 has a table for 518 pixels, resized bicubic, with anti-aliasing only
+in the models with registers, which have no row in it. DINOv3 has rotary positions and no bias on keys. The largest models
 of both have SwiGLU, DINOv2's in one matrix (gate, then value), DINOv3's in two. Norm eps 1e-6 and 1e-5.
 
 DINOv2's authors scale a table without registers by (size + 0.1) / 37 where Hugging Face has size / 37, which is done
@@ -37,7 +40,7 @@ from tokjax.pretrained.families.base import (
     stripped,
 )
 from tokjax.pretrained.families.timm import TIMM_ROWS
-from tokjax.pretrained.families.vit import ENCODER, plain
+from tokjax.pretrained.families.vit import ENCODER, classes_of, plain
 from tokjax.pretrained.names import Made, Readable, Row, View, table
 from tokjax.pretrained.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 
@@ -50,6 +53,7 @@ DINOV2_ROWS = table(
     ("linear", "blocks.*.mlp.fc1", "encoder.layer.*.mlp.fc1"),
     ("linear", "blocks.*.mlp.fc2", "encoder.layer.*.mlp.fc2"),
     ("array", "blocks.*.ls2.gamma", "encoder.layer.*.layer_scale2.lambda1"),
+    ("linear", "head", "classifier"),
 )
 DINOV2_SWIGLU = table(
     ("linear", "blocks.*.mlp.fc1", "encoder.layer.*.mlp.weights_in"),
@@ -100,20 +104,19 @@ def swiglu_width(width: int, mlp_ratio: float) -> int:
 
 
 def _dinov2_configure(config: Json, tensors: Readable) -> ViTConfig:
-    if any("ForImageClassification" in name for name in config.get("architectures") or []):
-        raise UserError("The classifiers of DINOv2 read CLS and the mean patch together, which is not known here.")
     gated = bool(config.get("use_swiglu_ffn", False))
     measured = Measured({**DINOV2_ROWS, **DINOV2_SWIGLU} if gated else DINOV2_ROWS, tensors)
     stated = Stated(config, measured)
     width, times = stated.size("hidden_size", "width"), stated.get("mlp_ratio", 4)
     hidden = swiglu_width(width, times) if gated else int(width * times)
     with_registers = config.get("model_type") == "dinov2_with_registers"
-    patch = stated.size("patch_size", "patch")
+    patch, classes = stated.size("patch_size", "patch"), classes_of(config, measured)
     return ViTConfig(
         image_size=pair(config.get("image_size") or measured.image(1)),
         patch_size=patch,
         channels=stated.size("num_channels", "channels"),
-        num_classes=0,
+        num_classes=classes,
+        pooling="cls_mean" if classes else "cls",
         registers=stated.get("num_register_tokens", 4) if with_registers else 0,
         layer_scale=stated.get("layerscale_value", 1.0),
         qkv_bias=stated.get("qkv_bias", True),
@@ -155,8 +158,8 @@ def _dinov3_configure(config: Json, tensors: Readable) -> ViTConfig:
     )
 
 
-def _backbone(model: Any) -> bool:
-    return plain(model) and not model.distilled and model.num_classes == 0 and model.layer_scale is not None
+def _dino(model: Any) -> bool:
+    return plain(model) and not model.distilled and model.layer_scale is not None
 
 
 def _dinov2_ratio(model: ViTConfig) -> int | None:
@@ -169,7 +172,8 @@ def _dinov2_ratio(model: ViTConfig) -> int | None:
 
 def _dinov2_expresses(registers: bool) -> Callable[[Any], bool]:
     return lambda model: (
-        _backbone(model)
+        _dino(model)
+        and model.pooling == ("cls_mean" if model.num_classes else "cls")
         and (model.registers > 0) == registers
         and model.position == "learned"
         and model.key_bias
@@ -178,7 +182,7 @@ def _dinov2_expresses(registers: bool) -> Callable[[Any], bool]:
 
 
 def _dinov3_expresses(model: Any) -> bool:
-    return _backbone(model) and model.position == "rope"
+    return _dino(model) and model.num_classes == 0 and model.pooling == "cls" and model.position == "rope"
 
 
 def _describe_common(model: ViTConfig) -> Json:
@@ -195,14 +199,16 @@ def _dinov2_describe(model: ViTConfig, preprocess: Images | None) -> Json:
     common = _describe_common(model)
     del common["intermediate_size"]
     registers: Json = {"num_register_tokens": model.registers} if model.registers else {"use_mask_token": False}
+    kind = "Dinov2WithRegisters" if model.registers else "Dinov2"
     return {
-        "architectures": ["Dinov2WithRegistersModel" if model.registers else "Dinov2Model"],
+        "architectures": [kind + ("ForImageClassification" if model.num_classes else "Model")],
         "model_type": "dinov2_with_registers" if model.registers else "dinov2",
         **common,
         "mlp_ratio": _dinov2_ratio(model),
         "qkv_bias": model.qkv_bias,
         "use_swiglu_ffn": model.mlp == "swiglu",
         **registers,
+        **({"num_labels": model.num_classes} if model.num_classes else {}),
     }
 
 
@@ -252,6 +258,7 @@ HF_DINOV2 = Family(
     describe=_dinov2_describe,
     expresses=_dinov2_expresses(registers=False),
     view=stripped("dinov2."),
+    prefix="dinov2.",
     ignored=r"embeddings\.mask_token",
 )
 HF_DINOV2_REGISTERS = dataclasses.replace(
@@ -259,6 +266,7 @@ HF_DINOV2_REGISTERS = dataclasses.replace(
     name="dinov2_with_registers",
     expresses=_dinov2_expresses(registers=True),
     view=stripped("dinov2_with_registers."),
+    prefix="dinov2_with_registers.",
     interpolation=("bicubic", True),
     blank=lambda model: {"embeddings.mask_token": (1, model.width)},
 )

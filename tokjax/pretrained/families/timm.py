@@ -395,7 +395,7 @@ def _describe(model: ViTConfig, preprocess: Images | None) -> Json:
         "num_heads": model.heads,
         "mlp_ratio": ratio(model.width, 2 * hidden) if packed else model.mlp_ratio,
         "class_token": model.class_token,
-        "global_pool": key_of(_POOLING, "size_mean" if model.pooling == "mean" else model.pooling),
+        "global_pool": key_of(_POOLING, {"mean": "size_mean", "cls_mean": "cls"}.get(model.pooling, model.pooling)),
         "norm_eps": model.norm_eps,
         "init_values": model.layer_scale,
         "qk_norm": model.qk_norm,
@@ -473,7 +473,9 @@ TIMM = Family(
     configure=_configure,
     preprocess=_preprocess,
     describe=_describe,
-    expresses=lambda model: isinstance(model, ViTConfig) and model.position in ("learned", "sincos"),
+    expresses=lambda model: (
+        isinstance(model, ViTConfig) and model.position in ("learned", "sincos") and model.pooling != "cls_mean"
+    ),
     view=_view,
     ignored=r"decoder_.*|mask_token",
     interpolation=("bicubic", True),
@@ -484,6 +486,11 @@ TIMM_EVA = dataclasses.replace(
     name="timm_eva",
     rows=EVA_ROWS,
     swiglu=EVA_SWIGLU,
-    expresses=lambda model: isinstance(model, ViTConfig) and model.position == "rope" and not model.distilled,
+    expresses=lambda model: (
+        isinstance(model, ViTConfig)
+        and model.position == "rope"
+        and not model.distilled
+        and model.pooling != "cls_mean"
+    ),
     view=as_stored,
 )

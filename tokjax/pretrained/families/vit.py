@@ -69,7 +69,7 @@ def _configure(rows: dict[str, Row], kind: str) -> Callable[[Json, Readable], Co
             image_size=pair(config.get("image_size") or measured.image(1 + distilled)),
             patch_size=patch,
             channels=stated.size("num_channels", "channels"),
-            num_classes=0 if kind == "vit_mae" else _classes(config, measured),
+            num_classes=0 if kind == "vit_mae" else classes_of(config, measured),
             distilled=distilled,
             qkv_bias=stated.get("qkv_bias", True),
             position="sincos" if kind == "vit_mae" else "learned",
@@ -79,7 +79,7 @@ def _configure(rows: dict[str, Row], kind: str) -> Callable[[Json, Readable], Co
     return configure
 
 
-def _classes(config: Json, measured: Measured) -> int:
+def classes_of(config: Json, measured: Measured) -> int:
     """Labels of a classifier (a file may leave their number to the tensors), 0 for a backbone alone."""
     architectures = config.get("architectures") or []
     classifies = any("ForImageClassification" in name for name in architectures)
@@ -141,11 +141,10 @@ def _describe(kind: Literal["vit", "deit"]) -> Callable[[ViTConfig, Images | Non
 
 
 def plain(model: Any) -> bool:
-    """Whether a model has nothing beyond what Hugging Face's `vit` and DINO models have."""
+    """Whether a model has nothing beyond what Hugging Face's `vit` and DINO models have, whatever it pools."""
     return (
         isinstance(model, ViTConfig)
         and model.class_token
-        and model.pooling == "cls"
         and not (model.qk_norm or model.pre_norm or model.fc_norm)
         and model.patch_bias
         and model.head_bias
@@ -157,6 +156,7 @@ def plain(model: Any) -> bool:
 def _expresses(distilled: bool) -> Callable[[Any], bool]:
     return lambda model: (
         plain(model)
+        and model.pooling == "cls"
         and model.distilled == distilled
         and model.position in ("learned", "sincos")
         and model.mlp == "plain"
