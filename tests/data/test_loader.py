@@ -349,7 +349,7 @@ class TestFields:
         assert same(take(resumed, 5), take(iterator, 5))
 
     def test_do_not_mix(self):
-        with pytest.raises(ValueError, match="the source also has grid, number"):
+        with pytest.raises(ValueError, match="source or transform also have grid, number"):
             train_loader(WithFields(), mix=MIX)
 
     def test_pass_through_subsets_and_decoded_sources(self):

@@ -114,6 +114,18 @@ class TestParquet:
         assert source.labels.max() == 1
         assert source.class_names == ("0", "1", "2")
 
+    def test_classes_without_names_may_be_told(self, tmp_path, write_parquet):
+        write_parquet(tmp_path / "test.parquet", n=20)
+        assert Parquet(tmp_path, "test").num_classes == 3
+        config = ConfigDict({"source": "parquet", "path": str(tmp_path), "classes": 7})
+        assert open_source(config, "test").num_classes == 7
+        with pytest.raises(UserError, match=r"classes=2: column 'label' of .* has label 2"):
+            Parquet(tmp_path, "test", classes=2)
+        write_parquet(tmp_path / "test.parquet", n=20, names=["a", "b", "c"])
+        assert Parquet(tmp_path, "test", classes=3).class_names == ("a", "b", "c")
+        with pytest.raises(UserError, match=r"classes=4: the schema of .* names 3"):
+            Parquet(tmp_path, "test", classes=4)
+
     def test_validation_goes_by_other_names(self, tmp_path, write_parquet):
         write_parquet(tmp_path / "validation.parquet", n=4)
         assert len(Parquet(tmp_path, "test")) == 4

@@ -196,7 +196,16 @@ class TestNormalise:
         np.testing.assert_array_equal(out[1:3], Normalise()(images)[1:3])
         assert not out[[0, 3]].any()
 
-    @pytest.mark.parametrize(("name", "value"), [("std", (1, 0, 1)), ("std", (1, 1)), ("mean", (0, 0, np.nan))])
+    def test_another_factor(self):
+        images = noise(2, 3, 4, 3)
+        np.testing.assert_allclose(Normalise(rescale=1 / 127.5)(images), (images / 127.5 - 0.5) / 0.5, atol=1e-6)
+        with pytest.raises(ValueError, match="must have 3 channels, got 1"):
+            Normalise()(images[..., :1])
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [("std", (1, 0, 1)), ("std", (1, 1)), ("mean", (0, 0, np.nan)), ("rescale", np.inf)],
+    )
     def test_wrong_arguments(self, name, value):
         with pytest.raises(ValueError, match=name):
             Normalise(**{name: value})

@@ -112,6 +112,8 @@ def test_files_that_cannot_be_read():
         ({"filter": "nearest"}, "filter = 'nearest'"),
         ({"patch_size": 0}, "patch_size = 0"),
         ({"max_patches": 0}, "max_patches = 0"),
+        ({"max_patches": 12.0}, r"max_patches = 12\.0; it must be a whole number"),
+        ({"patch_size": 16.0}, r"patch_size = 16\.0; it must be a whole number"),
         ({"std": (0.0,) * 3}, "std ="),
         ({"mean": (0.5, 0.5)}, "mean ="),
     ],

@@ -49,6 +49,12 @@ def test_targets_that_are_not_square_are_just_covered():
     assert run([noise(60, 200), noise(200, 60)]).shape == (2, 48, 32, 3)
 
 
+@pytest.mark.parametrize("crop_pct", [0, -0.5, 1.1])
+def test_a_share_that_no_crop_has(crop_pct):
+    with pytest.raises(ValueError, match=f"crop_pct = {crop_pct}; allowed is above 0 and at most 1"):
+        pp.timm_eval((32, 32), crop_pct)
+
+
 def test_grey_models():
     run = Preprocess((8, 8), "square", 8, crop=False, mean=(0.5,), std=(0.5,))
     batch = noise(8, 8, 1)[None]

@@ -153,11 +153,28 @@ def test_a_checkpoint_with_other_classes_gets_new_heads_only_in_training(image_t
     config.data.path, config.init = str(image_tree), str(tmp_path / "hf")
     with pytest.raises(UserError, match="3 classes, the model 2"):
         tasks.make(config, tmp_path / "run", "").run("eval")
+    published(tmp_path / "wide", classes=4)
+    config.init = str(tmp_path / "wide")
+    with pytest.raises(UserError, match="the test data have 3 classes, the model 4 classes: the labels are not the"):
+        tasks.make(config, tmp_path / "run", "").run("eval")
     tuned = with_classes(api.reduce(start, "tome", r=2), 3)
     assert tuned.methods == api.reduce(start, "tome", r=2).methods
     assert tuned.params["model"]["head"]["kernel"].shape == (32, 3)
     for part in ("blocks", "cls_token", "patch_embed"):
         jax.tree.map(np.testing.assert_array_equal, tuned.params["model"][part], start.params["model"][part])
+
+
+def test_training_and_test_data_have_the_same_classes(tmp_path):
+    for split, classes in (("train", 2), ("test", 3)):
+        files = [io.BytesIO() for _ in range(9)]
+        for i, file in enumerate(files):
+            picture(i % classes, i).save(file, "JPEG")
+        table = {"img": [file.getvalue() for file in files], "label": [i % classes for i in range(9)]}
+        pq.write_table(pa.table(table), tmp_path / f"{split}.parquet")
+    config = shrink(config_of("cifar10"))
+    config.data.path = str(tmp_path)
+    with pytest.raises(UserError, match="the training data have 2 classes, the test data 3"):
+        tasks.make(config, tmp_path / "run", "").run("train")
 
 
 def test_bench_without_a_model_says_random(tmp_path, capsys):

@@ -15,6 +15,7 @@ from tokjax.errors import UserError
 from tokjax.models.dual import DualConfig
 from tokjax.models.text import TextConfig
 from tokjax.models.vit import ViTConfig
+from tokjax.tasks import experiment
 from tokjax.tasks.classify import with_classes
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -76,6 +77,18 @@ def test_the_image_encoder_of_two_towers_gets_classes(tmp_path):
     task.run("train")
     task.run("eval")
     assert api.load(tmp_path / "run").config.num_classes == 10
+
+
+def test_weights_are_hashed_once(tmp_path, monkeypatch):
+    hashed = []
+    monkeypatch.setattr(experiment, "fingerprint", lambda model: hashed.append(model) or f"weights {len(hashed)}")
+    task = tasks.make(config_of(), tmp_path, "")
+    model = api.build(ViTConfig((32, 32), 8, width=16, depth=1, heads=2))
+    other = model.with_params(jax.tree.map(lambda leaf: leaf + 1, model.params))
+    for each, name in ((model, "a"), (model.unreduced, "a"), (api.reduce(model, "tome", r=1).unreduced, "b")):
+        task.once(name, each, dict)
+    assert hashed == [model]
+    assert task.once("a", other, list) == [] and task.once("a", other, dict) == [] and len(hashed) == 2
 
 
 def test_all_modes_of_the_command_line_belong_to_a_task():

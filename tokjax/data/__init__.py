@@ -13,7 +13,7 @@ import numpy as np
 
 from tokjax.data.captions import Captions, Tokenized
 from tokjax.data.dense import SegmentationFolder
-from tokjax.data.loader import Batch, Loader, LoaderIterator, Transform
+from tokjax.data.loader import Batch, Loader, LoaderIterator, Normaliser, Transform
 from tokjax.data.scenes import Scenes
 from tokjax.data.sources import Digits, ImageFolder, Parquet, Source, keep_decoded, open_source, subset
 from tokjax.data.transforms import Evaluation, ImageError, Mix, Normalise, Training
@@ -30,6 +30,7 @@ __all__ = [
     "LoaderIterator",
     "Mix",
     "Normalise",
+    "Normaliser",
     "Parquet",
     "Scenes",
     "SegmentationFolder",
@@ -61,7 +62,7 @@ def default_config() -> ml_collections.ConfigDict:
     config.test_subset = config_dict.placeholder(int)
     config.image_size = (32, 32)  # height, width
     config.patch_size = 8  # of the labels of scenes and segmentation; 1: one for every pixel
-    config.classes = config_dict.placeholder(int)  # of segmentation; None: those of its classes.txt
+    config.classes = config_dict.placeholder(int)  # of segmentation and parquet that do not name theirs
     config.mean = (0.5, 0.5, 0.5)  # of pixels in 0..1; ImageNet: (0.485, 0.456, 0.406) and (0.229, 0.224, 0.225)
     config.std = (0.5, 0.5, 0.5)
     config.bad_image_limit = 0  # images that may fail to decode before it is an error
@@ -104,7 +105,7 @@ def make(
     process_count: int | None = None,
     num_epochs: int | None = None,
     transform: Transform | None = None,
-    normalise: Normalise | None = None,
+    normalise: Normaliser | None = None,
     tokenizer: Callable[[Sequence[str]], Int32[np.ndarray, "B T"]] | None = None,
 ) -> Loader:
     """Opens a split and returns its loader.
@@ -122,7 +123,8 @@ def make(
         process_count: None: jax's.
         num_epochs: None: endless in training, one in evaluation.
         transform: in place of the config's resizing and augmentation, such as that of a pretrained model. Scenes and
-            segmentation do without it; its size must be `image_size`.
+            segmentation do without it; its size must be `image_size`. Only one with `fields`, which gives no image of
+            one size, is for them too: it moves pixels, so that labels of places are of no use beside it.
         normalise: in place of the config's mean and std.
         tokenizer: of the captions; batches then have `ids`. In training every caption is an example.
 
@@ -147,9 +149,11 @@ def make(
         source = keep_decoded(source, int(config.decoded_gb * (1 << 30)))
         size = tuple(config.image_size)
         mix = None
-        if getattr(source, "dense", False):
+        if getattr(source, "dense", False) and not getattr(transform, "fields", None):
             if transform is not None and tuple(transform.size) != size:
                 raise UserError(f"data config: image_size is {size}, the model's images are {tuple(transform.size)}")
+            if getattr(transform, "channels", 3) != 3:
+                raise UserError(f"data config: images of {config.source} are in colour, the model's are grey")
             if train and (augment.flip or augment.crop not in ("none", "", None)):
                 raise UserError(
                     f"data config: labels of places allow neither augment.flip nor augment.crop: set them to False and "

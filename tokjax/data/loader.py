@@ -29,34 +29,48 @@ _LISTED = 5  # bad images named in an error
 
 
 class Batch(TypedDict):
-    image: Float32[np.ndarray, "B H W 3"]
+    image: Float32[np.ndarray, "B H W C"]
     label: Int32[np.ndarray, " B"] | Float32[np.ndarray, "B K"]
     valid: Bool[np.ndarray, " B"]
-    # What the source's `fields` name, such as:
+    # What the `fields` of source and transform name, such as:
     ids: NotRequired[Int32[np.ndarray, "B T"]]
     segmentation: NotRequired[Int32[np.ndarray, "B h w"]]
     depth: NotRequired[Float32[np.ndarray, "B h w"]]
+    shape: NotRequired[Int32[np.ndarray, "B 2"]]
 
 
 class Transform(Protocol):
-    """One image to `size`; whatever is random in it comes from the generator."""
+    """One image to `size`; whatever is random in it comes from the generator.
+
+    It gives RGB bytes, unless it has `channels` and `dtype` that say otherwise. One that has `fields` (name -> shape
+    and dtype, as of sources) gives a mapping of them beside its "image".
+    """
 
     @property
     def size(self) -> tuple[int, int]: ...
 
     def __call__(
         self, image: UInt8[np.ndarray, "h w 3"], rng: np.random.Generator, /
-    ) -> UInt8[np.ndarray, "H W 3"]: ...
+    ) -> np.ndarray | Mapping[str, Any]: ...
+
+
+class Normaliser(Protocol):
+    """Pixels of a batch, as the transform gives them, to float32; into `out` where that is given."""
+
+    def __call__(
+        self, pixels: np.ndarray, out: Float32[np.ndarray, "B H W C"] | None = None, /
+    ) -> Float32[np.ndarray, "B H W C"]: ...
 
 
 class Loader:
-    """An iterable of batches `{"image": float32 [B,H,W,3], "label": int32 [B] or float32 [B,K], "valid": bool [B]}`.
+    """An iterable of batches `{"image": float32 [B,H,W,C], "label": int32 [B] or float32 [B,K], "valid": bool [B]}`.
 
     In training every epoch has its own global shuffle. In evaluation the order is that of the source, and rows that
     pad the last batch (or whose image is bad) are black, of label 0 and not `valid`: all processes make the same
     number of batches of the same shape, and together they show every example once.
 
-    Fields that the source has beside image and label are stacked under their names; in rows that only pad they are 0.
+    Fields that source and transform have beside image and label are stacked under their names; in rows that only pad
+    they are 0.
 
     Args:
         source: what to read.
@@ -86,7 +100,7 @@ class Loader:
         batch_size: int,
         train: bool,
         transform: Transform,
-        normalise: Normalise | None = None,
+        normalise: Normaliser | None = None,
         mix: Mix | None = None,
         seed: int = 0,
         process_index: int | None = None,
@@ -119,9 +133,9 @@ class Loader:
             raise ValueError("mix needs train and drop_remainder: a row that only pads must not be mixed into others")
         if mix is not None and mix.num_classes < source.num_classes:
             raise ValueError(f"mix.num_classes is {mix.num_classes}, the source has {source.num_classes} classes")
-        fields = dict(getattr(source, "fields", {}))
+        fields = {**getattr(source, "fields", {}), **getattr(transform, "fields", {})}
         if mix is not None and fields:
-            raise ValueError(f"mix blends images and labels, the source also has {', '.join(fields)}")
+            raise ValueError(f"mix blends images and labels, source or transform also have {', '.join(fields)}")
         global_batch = batch_size * process_count
         whole, rest = divmod(len(source), global_batch)
         if drop_remainder and not whole:
@@ -132,7 +146,9 @@ class Loader:
         self._batch_size, self._global_batch, self._process_index = batch_size, global_batch, process_index
         self._train, self._num_epochs, self._seed = train, num_epochs, seed
         self._fields = fields
-        self._transform, self._normalise, self._mix = transform, normalise or Normalise(), mix
+        self._transform, self._mix = transform, mix
+        self._normalise: Normaliser = normalise or Normalise()
+        self._form = (*transform.size, getattr(transform, "channels", 3)), getattr(transform, "dtype", "uint8")
         self._orders: dict[int, np.ndarray] = {}  # of the last two epochs
         self._bad: dict[int, str] = {}  # index -> what is wrong
         self._bad_image_limit = bad_image_limit
@@ -166,20 +182,21 @@ class Loader:
         first = batch * self._global_batch + self._process_index * self._batch_size
         order = self._order(epoch)
         places = range(first, first + self._batch_size)
-        image = np.empty((self._batch_size, *self._transform.size, 3), np.float32)
+        shape, dtype = self._form
+        image = np.empty((self._batch_size, *shape), np.float32)
         label = np.zeros(self._batch_size, np.int32)
         valid = np.zeros(self._batch_size, bool)
         fields = {name: np.zeros((self._batch_size, *shape), dtype) for name, (shape, dtype) in self._fields.items()}
 
         def fill(rows: slice) -> None:
-            pixels = np.zeros((len(places[rows]), *self._transform.size, 3), np.uint8)
+            pixels = np.zeros((len(places[rows]), *shape), dtype)
             for row, place in zip(range(*rows.indices(self._batch_size)), places[rows], strict=True):
                 index = self._read(
                     order, place, epoch, pixels[row - rows.start], {name: fields[name][row, ...] for name in fields}
                 )
                 if index != _NO_ROW:
                     label[row], valid[row] = self.source.labels[index], True
-            self._normalise(pixels, out=image[rows])
+            self._normalise(pixels, image[rows])
 
         if self._pool is None:
             fill(slice(0, self._batch_size))
@@ -200,7 +217,7 @@ class Loader:
         order: np.ndarray,
         place: int,
         epoch: int,
-        out: UInt8[np.ndarray, "H W 3"],
+        out: np.ndarray,
         fields: dict[str, np.ndarray],
     ) -> int:
         """Writes the example at a place of the epoch's order and returns its index, `_NO_ROW` if there is none.
@@ -216,7 +233,9 @@ class Loader:
             if index not in self._bad:
                 try:
                     example: Mapping[str, Any] = self.source[index]
-                    out[:] = self._transform(example["image"], rng)
+                    made = self._transform(example["image"], rng)
+                    example = {**example, **made} if isinstance(made, Mapping) else {**example, "image": made}
+                    out[:] = example["image"]
                     for name, row in fields.items():
                         row[...] = example[name]
                     return index

@@ -143,8 +143,8 @@ class Parquet(Labelled):
 
     Files: `split.parquet`, `split-00000-of-00002.parquet`, the same under `data/`, or every parquet file of a folder
     `split/`. The image column is a struct with `bytes`, or plain bytes; the label column is an integer.
-    Class names come from the schema's `huggingface` entry; without it the labels of this split and of `train` are
-    counted.
+    Class names come from the schema's `huggingface` entry; without it there are `classes`, else as many as the labels
+    of this split and of `train` show.
 
     Encoded bytes are kept by row group, the least recently used leaving first when they pass `cache_bytes`; nothing is
     decoded ahead. Random access to a split larger than that reads row groups again and again: a warning says so.
@@ -155,9 +155,10 @@ class Parquet(Labelled):
         image_column: its name; None: the one column of such a type (`image` or `img` if there are several).
         label_column: the same; `label` if there are several.
         cache_bytes: of encoded images in memory.
+        classes: how many, where the schema does not name them.
 
     Raises:
-        UserError: no such folder, split or column, no rows, or labels that are missing or negative.
+        UserError: no such folder, split or column, no rows, labels that are missing or negative, or not of `classes`.
     """
 
     def __init__(
@@ -167,6 +168,7 @@ class Parquet(Labelled):
         image_column: str | None = None,
         label_column: str | None = None,
         cache_bytes: int = 4 << 30,
+        classes: int | None = None,
     ):
         folder = open_folder(path)
         found = _parquet_files(folder)
@@ -189,7 +191,11 @@ class Parquet(Labelled):
             if "train" in found and name != "train":  # a rare class may be missing here, and the model was built there
                 train = _read_labels([_open_parquet(f) for f in found["train"]], label, found["train"][0])
                 top = max(top, int(train.max(initial=0)))
-            names = tuple(str(index) for index in range(top + 1))
+            if classes is not None and classes <= top:
+                raise UserError(f"classes={classes}: column {label!r} of {where} or of train has label {top}")
+            names = tuple(str(index) for index in range(classes or top + 1))
+        elif classes not in (None, len(names)):
+            raise UserError(f"classes={classes}: the schema of {where} names {len(names)}")
         elif self.labels.max() >= len(names):
             raise UserError(
                 f"column {label!r} of {where} has label {self.labels.max()}, its schema names {len(names)} classes"
@@ -394,7 +400,7 @@ def open_source(config: ml_collections.ConfigDict, split: str | None, train: boo
         config: with `source` (one of `SOURCES`; `auto`: digits without a path, else parquet or imagefolder, whichever
             the folder holds), `path`, `image_size` (of digits, scenes and segmentation), `image_column`,
             `label_column` and `cache_gb` (of parquet), and where they matter `scenes`, `patch_size`, `classes` and
-            `resize`.
+            `resize` (of segmentation; `classes` of parquet too).
         split: the name of the split in the source; None or "": the path itself is the split.
         train: every caption of an image is an example of its own.
 
@@ -441,7 +447,8 @@ def open_source(config: ml_collections.ConfigDict, split: str | None, train: boo
     if not split:
         raise UserError("data source 'parquet' needs the name of a split")
     cache_bytes = int(config.get("cache_gb", 4.0) * (1 << 30))
-    return Parquet(path, split, config.get("image_column"), config.get("label_column"), cache_bytes)
+    columns = config.get("image_column"), config.get("label_column")
+    return Parquet(path, split, *columns, cache_bytes, config.get("classes"))
 
 
 def open_folder(path: str | Path) -> Path:

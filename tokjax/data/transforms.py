@@ -230,10 +230,15 @@ class Training:
 
 @dataclasses.dataclass(frozen=True)
 class Normalise:
-    """uint8 -> float32, `(x / 255 - mean) / std` for each channel."""
+    """uint8 -> float32, `(x * rescale - mean) / std` for each channel, in two steps of a factor and a summand.
+
+    Raises:
+        ValueError: numbers that are not finite or not three, or, when called, images of another number of channels.
+    """
 
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    rescale: float = 1 / 255
 
     def __post_init__(self):
         for name, values in (("mean", self.mean), ("std", self.std)):
@@ -241,12 +246,16 @@ class Normalise:
                 raise ValueError(f"{name} must be three finite numbers, got {values}")
         if min(self.std) <= 0:
             raise ValueError(f"std must be positive, got {self.std}")
+        if not math.isfinite(self.rescale):
+            raise ValueError(f"rescale must be finite, got {self.rescale}")
 
     def __call__(
         self, images: UInt8[np.ndarray, "B H W 3"], out: Float32[np.ndarray, "B H W 3"] | None = None
     ) -> Float32[np.ndarray, "B H W 3"]:
         out = np.empty(images.shape, np.float32) if out is None else out
         batch, height, width, channels = images.shape
+        if channels != 3:
+            raise ValueError(f"images must have 3 channels, got {channels}")
         scale, shift = self._row(width)
         rows = out.reshape(batch, height, width * channels)  # a view: `out` is contiguous
         np.multiply(images.reshape(rows.shape), scale, out=rows)
@@ -256,7 +265,7 @@ class Normalise:
     def _row(self, width: int) -> tuple[np.ndarray, np.ndarray]:
         # Constants for a whole image row: broadcasting over an axis of length three is five times slower.
         std = np.asarray(self.std, np.float64)
-        scale, shift = 1 / (255 * std), -np.asarray(self.mean, np.float64) / std
+        scale, shift = self.rescale / std, -np.asarray(self.mean, np.float64) / std
         return np.tile(scale.astype(np.float32), width), np.tile(shift.astype(np.float32), width)
 
 

@@ -363,8 +363,8 @@ class ViT(Blocks):
             pooled = self.attn_pool(last) if cfg.pooling == "map" else layers.pool(last, cfg.pooling)
         elif cfg.num_classes and pooled.shape[1:] != (cfg.pooled_width,):
             raise ValueError(
-                f"a readout hook gave features of shape {pooled.shape}: must be (batch, {cfg.pooled_width}), as the head "
-                f"of pooling={cfg.pooling!r} reads"
+                f"a readout hook gave features of shape {pooled.shape}: must be (batch, {cfg.pooled_width}), the head "
+                f"reads for pooling={cfg.pooling!r}"
             )
         if cfg.fc_norm:
             pooled = self.fc_norm(pooled).astype(tokens.x.dtype)

@@ -229,6 +229,28 @@ def normalise(
     return out
 
 
+def normalise_images(
+    pixels: np.ndarray,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    rescale: float,
+    out: np.ndarray | None = None,
+) -> np.ndarray:
+    """`normalise` of images `[..., width, channels]`: bytes are scaled by `rescale`, float32 pixels are scaled already.
+
+    Raises:
+        ValueError: images of another number of channels than `mean` has.
+    """
+    *rows, width, channels = pixels.shape
+    if channels != len(mean):
+        raise ValueError(f"images have {channels} channels, mean and std {len(mean)}.")
+    out = np.empty(pixels.shape, np.float32) if out is None else out
+    flat = (*rows, width * channels)
+    scale = None if pixels.dtype == np.float32 else rescale
+    normalise(pixels.reshape(flat), np.tile(mean, width), np.tile(std, width), scale, out=out.reshape(flat))
+    return out
+
+
 def check_batch(images: Images) -> None:
     """Raises ValueError unless `images` is a sequence of images, which a path, bytes or a single image are not."""
     if isinstance(images, np.ndarray) and images.ndim != 4:

@@ -20,7 +20,7 @@ from tokjax.pretrained.images import (
     check_batch,
     check_normalisation,
     for_each,
-    normalise,
+    normalise_images,
     resize_square,
     to_mode,
 )
@@ -78,8 +78,10 @@ class Naflex:
                 object.__setattr__(self, field, tuple(getattr(self, field)))
         if self.filter not in FILTERS:
             raise ValueError(f"filter = {self.filter!r}; allowed are {', '.join(map(repr, FILTERS))}.")
-        if min(self.patch_size, self.max_patches) < 1:
-            raise ValueError(f"patch_size = {self.patch_size}, max_patches = {self.max_patches}; both must be >= 1.")
+        for field in ("patch_size", "max_patches"):
+            value = getattr(self, field)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{field} = {value!r}; it must be a whole number, at least 1.")
         check_normalisation(self.mean, self.std, self.rescale)
 
     def __call__(self, images: Images) -> Patches:
@@ -98,21 +100,33 @@ class Naflex:
             ValueError: not a batch, an image that is not 8 or 16 bit, or, without resizing, one of another size.
         """
         check_batch(images)
-        pixels = self.patch_size**2
-        values = pixels * len(self.mean)
+        p, channels = self.patch_size, len(self.mean)
+        values = p**2 * channels
         patches: Any = np.zeros((len(images), self.max_patches, values), np.float32)
         valid: Any = np.zeros((len(images), self.max_patches), bool)
         shape: Any = np.zeros((len(images), 2), np.int32)
-        mean, std = (np.array(v * pixels, np.float32) for v in (self.mean, self.std))
 
         def fill(i: int, image: Picture) -> None:
-            cut = self.cut(np.asarray(self.transform(image)))
+            cut = self.cut(self.pixels(image))
             down, across = shape[i] = cut.shape[:2]
             valid[i, : down * across] = True
-            normalise(cut.reshape(-1, values), mean, std, self.rescale, out=patches[i, : down * across])
+            # As patches of one row of pixels, for speed.
+            self.normalise(
+                cut.reshape(down * across, p * p, channels),
+                patches[i, : down * across].reshape(down * across, p * p, channels),
+            )
 
         for_each(images, fill)
         return Patches(patches=patches, valid=valid, shape=shape)
+
+    def pixels(self, image: Picture) -> np.ndarray:
+        """One image converted and resized: bytes `[down * patch_size, across * patch_size, channels]`."""
+        image = self.transform(image)
+        return np.asarray(image).reshape(image.height, image.width, -1)
+
+    def normalise(self, pixels: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """Bytes `[..., width, channels]`, of whole images or of patches, normalised to float32; `out`: contiguous."""
+        return normalise_images(pixels, self.mean, self.std, self.rescale, out)
 
     def transform(self, image: Picture) -> Image.Image:
         """One image converted and resized, still in bytes."""

@@ -31,7 +31,7 @@ from tokjax.pretrained.images import (
     check_batch,
     check_normalisation,
     for_each,
-    normalise,
+    normalise_images,
     resize_and_crop,
     resize_short,
     resize_square,
@@ -139,19 +139,30 @@ class Preprocess:
             ValueError: not a batch, or an image that is not 8 or 16 bit.
         """
         check_batch(images)
-        (height, width), channels = self.size, len(self.mean)
-        out = np.empty((len(images), height, width * channels), np.float32)
-        mean, std = (np.array(v * width, np.float32) for v in (self.mean, self.std))
+        out = np.empty((len(images), *self.size, len(self.mean)), np.float32)
 
         def fill(i: int, image: Picture) -> None:
-            if self.float_resize:
-                normalise(self._floats(image).reshape(height, -1), mean, std, out=out[i])
-            else:
-                pixels = np.asarray(self.transform(image)).reshape(height, -1)
-                normalise(pixels, mean, std, self.rescale, out=out[i])
+            self.normalise(self.pixels(image), out[i])
 
         for_each(images, fill)
-        return out.reshape(len(images), height, width, channels)
+        return out
+
+    def pixels(self, image: Picture) -> np.ndarray:
+        """One image converted, resized and cropped: `[*size, channels]`, bytes or (`float_resize`) scaled float32."""
+        if self.float_resize:
+            return self._floats(image)
+        return np.asarray(self.transform(image)).reshape(*self.size, -1)
+
+    def normalise(
+        self, pixels: np.ndarray, out: Float[np.ndarray, "*B h w channels"] | None = None
+    ) -> Float[np.ndarray, "*B h w channels"]:
+        """What `pixels` gives (or bytes of that size), normalised: float32 `[..., h, w, channels]`.
+
+        Args:
+            pixels: uint8, or float32 that is scaled already.
+            out: contiguous float32, where the result goes.
+        """
+        return normalise_images(pixels, self.mean, self.std, self.rescale, out)
 
     def transform(self, image: Picture) -> Image.Image:
         """One image converted, resized and cropped, in bytes (with `float_resize`: what the call itself rounds not)."""
@@ -204,7 +215,10 @@ def timm_eval(
 
     Raises:
         UserError: a filter or crop mode that vision transformers do not use ("border" pads, "random" is random).
+        ValueError: `crop_pct` outside of (0, 1].
     """
+    if not 0 < crop_pct <= 1:
+        raise ValueError(f"crop_pct = {crop_pct}; allowed is above 0 and at most 1.")
     modes: dict[str, Literal["short", "square"]] = {"center": "short", "squash": "square"}
     filters: dict[str, Filter] = {"bicubic": "bicubic", "bilinear": "bilinear"}
     if crop_mode not in modes or interpolation not in filters:

@@ -32,19 +32,26 @@ class Classify(Experiment):
         return self.test_loader().source.num_classes
 
     def train(self) -> None:
-        """Trains, or goes on with an interrupted training; the result lies in `workdir/model`."""
+        """Trains, or goes on with an interrupted training; the result lies in `workdir/model`.
+
+        Raises:
+            UserError: training and test data have other classes.
+        """
         loader = self.loader("train", train=True)
-        test, model = self.test_loader(), with_classes(self.fresh(), loader.source.num_classes, self.config.seed)
+        test, classes = self.test_loader(), loader.source.num_classes
+        if test.source.num_classes != classes:
+            raise UserError(f"the training data have {classes} classes, the test data {test.source.num_classes}")
+        model = with_classes(self.fresh(), classes, self.config.seed)
 
         def loss(params, batch, key):
-            logits = model.forward(params, batch["image"], key=key, train=True).logits
+            logits = model.forward(params, self.inputs(model, batch), key=key, train=True).logits
             correct, total = accuracy(logits, batch["label"], batch["valid"])
             value = cross_entropy(logits, batch["label"], batch["valid"])
             return value, {"accuracy": correct / jnp.maximum(total, 1)}
 
         @jax.jit
         def counts(params, batch):
-            logits = model.forward(params, batch["image"]).logits
+            logits = model.forward(params, self.inputs(model, batch)).logits
             correct, total = accuracy(logits, batch["label"], batch["valid"])
             return correct, total, total * cross_entropy(logits, batch["label"], batch["valid"])
 
@@ -69,14 +76,15 @@ class Classify(Experiment):
         """Predicted and true class of every readable test image, in order.
 
         Raises:
-            UserError: the data have more classes than the model, or its head is a projection, as CLIP's.
+            UserError: the data have another number of classes than the model, or its head is a projection, as CLIP's.
         """
         classes, predicted, labels = self.test_loader().source.num_classes, [], []
         outputs = model.config.num_classes
-        if classes > outputs or (classes < outputs and not model.config.head_bias):
+        if classes != outputs:
             kind = "classes" if model.config.head_bias else "outputs without a bias, a projection"
             raise UserError(
-                f"the test data have {classes} classes, the model {outputs} {kind}; --mode=train gives it a new head"
+                f"the test data have {classes} classes, the model {outputs} {kind}: the labels are not the same; "
+                "--mode=train gives it a new head"
             )
         for batch in self.batches("test", name):
             logits = np.asarray(model(self.inputs(model, batch)))

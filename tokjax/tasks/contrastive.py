@@ -115,7 +115,7 @@ class Contrastive(Experiment):
             batch_size=config.batch_size,
             train=True,
             seed=config.seed,
-            normalise=self.normalise(),
+            normalise=self.normalise(train=True),
             tokenizer=self.tokenizer,
         )
 
@@ -125,7 +125,7 @@ class Contrastive(Experiment):
             raise UserError(f"config.loss='siglip': needs a logit_bias, which {self.config.init} does not have")
 
         def loss(params, batch, key):
-            out = model.forward(params, batch["image"], batch["ids"], key=key, train=True)
+            out = model.forward(params, self.inputs(model, batch), batch["ids"], key=key, train=True)
             same = (batch["ids"][:, None] == batch["ids"]).all(-1)  # equal captions are no negatives of each other
             if siglip:
                 value = siglip_loss(out.image, out.text, out.scale, out.bias, batch["valid"], same=same)

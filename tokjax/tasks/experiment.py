@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import operator
 from pathlib import Path
 import sys
 from typing import Any, ClassVar
@@ -26,6 +27,7 @@ from tokjax.bench import flops, report, timing
 from tokjax.errors import UserError
 from tokjax.models.vit import Patches, ViTConfig, preset
 from tokjax.pretrained.preprocess import Preprocess
+from tokjax.tasks.preprocessing import AsPretrained
 from tokjax.train.checkpoints import Checkpoints
 from tokjax.train.config import TrainConfig
 from tokjax.train.config import default_config as train_config
@@ -115,20 +117,6 @@ def user_input() -> Iterator[None]:
         raise UserError(str(error)) from error
 
 
-@dataclasses.dataclass(frozen=True)
-class AsPretrained:
-    """A pretrained model's resizing and cropping, as a transform of the data."""
-
-    preprocess: Preprocess
-
-    @property
-    def size(self) -> tuple[int, int]:
-        return self.preprocess.size
-
-    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        return np.asarray(self.preprocess.transform(image))
-
-
 class Experiment(abc.ABC):
     """A task; each mode is a method, and each works from what the workdir holds.
 
@@ -152,6 +140,7 @@ class Experiment(abc.ABC):
         self.config, self.workdir, self.command = config, workdir, command
         self._loaders: dict[str, data.Loader] = {}
         self._once: dict[tuple[str, str], Any] = {}
+        self._known: tuple[list[Any], str] | None = None  # leaves of the last model asked for, and its fingerprint
 
     @abc.abstractmethod
     def train(self) -> None:
@@ -292,7 +281,11 @@ class Experiment(abc.ABC):
     # Data
 
     def loader(self, split: str, *, train: bool) -> data.Loader:
-        """A split for training, or in order and without augmentation, as the checkpoint of `config.init` wants it."""
+        """A split for training, or in order and without augmentation, as the checkpoint of `config.init` wants it.
+
+        In training a checkpoint for images of any size (NaFlex) gets whole square patches of images of the config's
+        `image_size`, resized and augmented as the config says; without training, what its own preprocessing makes.
+        """
         config = self.config
         return data.make(
             self.at_size(config.data),
@@ -301,7 +294,7 @@ class Experiment(abc.ABC):
             train=train,
             seed=config.seed if train else 0,
             transform=None if train else self.transform(),
-            normalise=self.normalise(),
+            normalise=self.normalise(train=train),
         )
 
     def at_size(self, config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
@@ -322,21 +315,49 @@ class Experiment(abc.ABC):
         return self.evaluation_loader("test")
 
     def transform(self) -> data.Transform | None:
-        """Resizing and cropping of evaluation; None: the config's, as for a checkpoint that takes any size."""
-        preprocess = self.initial.preprocess if self.initial else None
-        return AsPretrained(preprocess) if isinstance(preprocess, Preprocess) else None
+        """Resizing and cropping of evaluation, those of the checkpoint of `config.init`; None: the config's."""
+        return self._pretrained
 
-    def normalise(self) -> data.Normalise | None:
-        """Means and deviations of the checkpoint of `config.init`; None: the config's."""
-        if self.initial is None or self.initial.preprocess is None:
-            return None
-        (m1, m2, m3), (s1, s2, s3) = self.initial.preprocess.mean, self.initial.preprocess.std
-        return data.Normalise((m1, m2, m3), (s1, s2, s3))
+    @property
+    def _pretrained(self) -> AsPretrained | None:
+        preprocess = self.initial.preprocess if self.initial else None
+        return None if preprocess is None else AsPretrained(preprocess)
+
+    def normalise(self, train: bool = False) -> data.Normaliser | None:
+        """That of the checkpoint of `config.init`, in evaluation bit for bit; None: the config's.
+
+        Raises:
+            UserError: training of a checkpoint that takes grey images.
+        """
+        own = self._pretrained
+        if own is None or not train:
+            return None if own is None else own.normalise
+        if own.channels != 3:
+            raise UserError(f"config.init={self.config.init}: takes grey images, on which nothing is trained here")
+        (m1, m2, m3), (s1, s2, s3), rescale = own.preprocess.mean, own.preprocess.std, own.preprocess.rescale
+        return data.Normalise((m1, m2, m3), (s1, s2, s3), rescale)
 
     def inputs(self, model: Model, batch: Mapping[str, Any]) -> PyTree:
-        """What the encoder takes of a batch; one that takes any size gets all patches of the images as they are."""
+        """What the encoder takes of a batch.
+
+        One that takes any size gets the patches of its own preprocessing where the batch has them (with `shape`), else
+        all patches of the images as they are.
+
+        Raises:
+            UserError: the model takes other images.
+        """
         images, config = jnp.asarray(batch["image"]), self.encoder(model).config
-        return Patches.of(images, config.patch_size) if config.position == "naflex" else images
+        inputs: PyTree = images
+        if "shape" in batch:
+            shape = jnp.asarray(batch["shape"])
+            patches = images.reshape(len(images), -1, images.shape[2] ** 2 * images.shape[3])
+            valid = jnp.arange(patches.shape[1]) < shape.prod(1, keepdims=True)
+            inputs = Patches(jnp.where(valid[..., None], patches, 0), valid, shape)
+        elif config.position == "naflex":
+            inputs = Patches.of(images, config.patch_size)
+        with user_input():
+            config.check(inputs)
+        return inputs
 
     def batches(self, split: str, name: str) -> Iterator[data.Batch]:
         """Every batch of a split in order, with a progress bar; only rows that are `valid` count, each once."""
@@ -352,7 +373,7 @@ class Experiment(abc.ABC):
 
     def once(self, name: str, model: Model, make: Callable[[], Any]) -> Any:
         """What `make` gives, kept for the unreduced model of these weights."""
-        key = name, fingerprint(model)
+        key = name, self._fingerprint(model)
         if key not in self._once:
             self._once[key] = make()
         return self._once[key]
@@ -496,8 +517,7 @@ class Experiment(abc.ABC):
         model, config, folder = self.model().unreduced, self.config, self.workdir / "pictures"
         first: Mapping[str, Any] = next(iter(self.test_loader()))
         batch = {name: values[first["valid"]][: config.viz.images] for name, values in first.items()}
-        moments = self.normalise() or data.Normalise(tuple(config.data.mean), tuple(config.data.std))
-        images = [viz.to_uint8(image, moments.mean, moments.std) for image in batch["image"]]
+        images = self.shown(batch)
         rows, counts = self._rows("sweep", model), {"unreduced": model.token_counts()}
         sections: list[tuple[str, Any]] = []
         with user_input():
@@ -554,6 +574,15 @@ class Experiment(abc.ABC):
         _, trace = encoder(self.inputs(model, batch), trace=True)
         return [trace.pictures(image, i) for i, image in enumerate(images)]
 
+    def shown(self, batch: Mapping[str, Any]) -> list[UInt8[np.ndarray, "H W 3"]]:
+        """The images of a batch as they can be looked at."""
+        own, config = self._pretrained, self.config.data
+        if own is None:
+            mean, std = tuple(config.mean), tuple(config.std)
+            return [viz.to_uint8(image, mean, std) for image in batch["image"]]
+        shapes = batch["shape"] if "shape" in batch else [None] * len(batch["image"])
+        return [own.picture(image, shape) for image, shape in zip(batch["image"], shapes, strict=True)]
+
     # Rows
 
     @property
@@ -561,7 +590,18 @@ class Experiment(abc.ABC):
         return [self.metrics[0] if column == "accuracy" else column for column in report.COLUMNS]
 
     def _stamp(self, mode: str, model: Model) -> dict[str, Any]:
-        return {"mode": mode, "weights": fingerprint(model), **report.plain(self.variant())}
+        return {"mode": mode, "weights": self._fingerprint(model), **report.plain(self.variant())}
+
+    def _fingerprint(self, model: Model) -> str:
+        """`fingerprint`, computed once while the weights are the same arrays."""
+        leaves = jax.tree.leaves(model.params)
+        if (
+            self._known is None
+            or len(leaves) != len(self._known[0])
+            or any(map(operator.is_not, leaves, self._known[0]))
+        ):
+            self._known = leaves, fingerprint(model)
+        return self._known[1]
 
     def _rows(self, mode: str, model: Model) -> list[dict[str, Any]]:
         """Rows of earlier runs of a mode that belong to these weights and this variant."""

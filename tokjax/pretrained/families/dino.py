@@ -1,11 +1,11 @@
 """DINOv2 and DINOv3: Hugging Face's `dinov2`, `dinov2_with_registers`, `dinov3_vit`, and the names of their authors.
 
-Backbones whose pooled feature is CLS. The classifiers of DINOv2 (`Dinov2ForImageClassification`) read CLS beside the mean
-of the patches, both behind the final norm, without the registers: as the authors' linear probes (`dinov2/eval/linear.py`),
-and as transformers since its pull request 37836, before which registers were in the mean of
+Backbones whose pooled feature is CLS. The classifiers of DINOv2 (`Dinov2ForImageClassification`) read CLS beside the
+mean of the patches, both behind the final norm, without the registers: as the authors' linear probes
+(`dinov2/eval/linear.py`), and as transformers since its pull request 37836, before which registers were in the mean of
 `Dinov2WithRegistersForImageClassification`. DINOv2 has a table for 518 pixels, resized bicubic, with anti-aliasing only
-in the models with registers, which have no row in it. DINOv3 has rotary positions and no bias on keys. The largest models
-of both have SwiGLU, DINOv2's in one matrix (gate, then value), DINOv3's in two. Norm eps 1e-6 and 1e-5.
+in the models with registers, which have no row in it. DINOv3 has rotary positions and no bias on keys. The largest
+models of both have SwiGLU, DINOv2's in one matrix (gate, then value), DINOv3's in two. Norm eps 1e-6 and 1e-5.
 
 DINOv2's authors scale a table without registers by (size + 0.1) / 37 where Hugging Face has size / 37, which is done
 here too: at other sizes than the table's their features differ a little.
