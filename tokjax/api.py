@@ -23,14 +23,14 @@ from tokjax.models.dual import DualConfig, DualOutput, unit
 from tokjax.models.text import Text, TextConfig
 from tokjax.models.transformer import Blocks, LayerTrace, Output, skeleton
 from tokjax.models.vit import Patches, ViT, ViTConfig
-from tokjax.pretrained.checkpoint import load_checkpoint, save_checkpoint, write_whole
+from tokjax.pretrained.checkpoint import NAMES, REDUCER_WEIGHTS, REDUCERS, load_checkpoint, write_checkpoint
 from tokjax.pretrained.files import Tensors
+from tokjax.writing import whole_folder, write_whole
 
 Family = Literal["hf", "timm"]
 Tower = Literal["vision", "text"]
 Place = jax.sharding.Sharding | Callable[[tuple[str | int, ...], tuple[int, ...]], jax.sharding.Sharding]
 MODULES: dict[type, Any] = {ViTConfig: ViT, TextConfig: Text}
-REDUCERS, REDUCER_WEIGHTS = "reducers.json", "reducers.safetensors"
 
 
 class Trace(struct.PyTreeNode):
@@ -115,6 +115,7 @@ class Model:
         check(self.hooks, self.info)
         self._logits = jax.jit(lambda params, inputs, key: self.forward(params, inputs, key=key).logits)
         self._traced = jax.jit(functools.partial(self._trace, self.forward))
+        self._dense = jax.jit(self._dense_features, static_argnames="fill")
 
     @property
     def info(self) -> ModelInfo:
@@ -176,6 +177,58 @@ class Model:
         """
         self.config.check(inputs)
         return (self._traced if trace else self._logits)(self.params, inputs, key)
+
+    def dense(
+        self,
+        images: Float[Array, "B height width channels"],
+        *,
+        fill: token_map.Fill = "nearest",
+        key: Array | None = None,
+    ) -> Float[Array, "B h w C"]:
+        """Features after the last norm at every patch, float32, however few tokens are left.
+
+        Args:
+            images: as `preprocess` gives them.
+            fill: what a dropped patch gets, see `token_map.restore`.
+            key: for reducers that draw.
+
+        Raises:
+            ValueError: images of another shape, an unknown fill, or a model without one grid of patches (of texts, or
+                of images of any size).
+        """
+        self._grid()
+        self.config.check(images)
+        return self._dense(self.params, images, key, fill=fill)
+
+    def _grid(self) -> tuple[int, int]:
+        if self.info.grid is None:
+            raise ValueError("This model has no one grid of patches, on which features could stand.")
+        return self.info.grid
+
+    def _dense_features(self, params, images, key, *, fill) -> Array:
+        output = self.forward(params, images, key=key, trace=bool(self.methods))
+        return self.restore(output, fill=fill)
+
+    def restore(self, output: Output, *, fill: token_map.Fill = "nearest") -> Float[Array, "B h w C"]:
+        """`dense` of an output of `forward`, as a pure function.
+
+        Args:
+            output: of this model; traced if it has reducers.
+            fill: what a dropped patch gets, see `token_map.restore`.
+
+        Raises:
+            ValueError: no trace, an unknown fill, or a model without one grid of patches.
+        """
+        grid, prefix, origin = self._grid(), self.info.prefix, output.tokens.origin
+        if origin is None and self.methods:
+            raise ValueError("output is of a reduced model: it needs trace=True")
+        if fill not in get_args(token_map.Fill):
+            raise ValueError(f"fill={fill!r}: must be one of {', '.join(get_args(token_map.Fill))}")
+        if origin is None:
+            features = output.features[:, prefix:]
+        else:
+            features = token_map.restore(output.features, origin, grid, prefix=prefix, fill=fill)
+        return features.astype(jnp.float32).reshape(-1, *grid, features.shape[-1])
 
     def with_params(self, params: Mapping[str, Any]) -> "Model":
         """The same model and compiled programs with other parameters of the same shapes."""
@@ -257,7 +310,7 @@ class DualModel:
     @property
     def unreduced(self) -> "DualModel":
         """The same parameters without any reducer."""
-        return self.replace(vision=self.vision.unreduced, text=self.text.unreduced)
+        return self.replace(vision=self.vision.unreduced, text=self.text.unreduced) if self.methods else self
 
     def replace(self, vision: Model | None = None, text: Model | None = None) -> "DualModel":
         """The same with another image or text encoder."""
@@ -485,9 +538,10 @@ def reduce(
 def save(model: Model | DualModel, folder: str | Path) -> None:
     """Writes weights, config, preprocessing and tokenizer as the model's family names them, and the reducers beside.
 
-    Nothing is left half-written: files appear under their names when they are whole.
+    All files appear or none, see `tokjax.writing.whole_folder`; files of other names in the folder stay as they are.
 
     Raises:
+        UserError: `folder` is a file.
         ValueError: a reducer that `load` could not make again, because it is not registered or its settings are no
             plain values; or a text encoder without its image encoder, which no family has.
     """
@@ -506,18 +560,17 @@ def save(model: Model | DualModel, folder: str | Path) -> None:
     else:
         config, params, family = dataclasses.replace(model.config, scan=False), trees[""], model.family
     tokenizer = model.tokenizer if isinstance(model, DualModel) else None
-    save_checkpoint(folder, config, params, model.preprocess, family=family, tokenizer=tokenizer)
-    for name in (REDUCERS, REDUCER_WEIGHTS):  # perhaps of an earlier model in this folder
-        (folder / name).unlink(missing_ok=True)
     learned = {
         tower + jax.tree_util.keystr(key): np.asarray(leaf)
         for tower, part in parts.items()
         for key, leaf in jax.tree.leaves_with_path(part.params.get("reducers", {}))
     }
-    if learned:
-        write_whole(folder / REDUCER_WEIGHTS, lambda path: save_file(learned, path))
-    if model.methods:
-        write_whole(folder / REDUCERS, lambda path: path.write_text(text))
+    with whole_folder(folder, NAMES) as staged:
+        write_checkpoint(staged, config, params, model.preprocess, family=family, tokenizer=tokenizer)
+        if learned:
+            write_whole(staged / REDUCER_WEIGHTS, lambda path: save_file(learned, path))
+        if model.methods:
+            (staged / REDUCERS).write_text(text)
 
 
 def _reducers_text(parts: Mapping[str, Model]) -> str:

@@ -12,10 +12,8 @@ for their figures; for the same source map and colours `merged_regions` gives th
 from collections.abc import Iterable, Mapping, Sequence
 import io
 import math
-import os
 from pathlib import Path
 import random
-import secrets
 from typing import Any, Literal, NamedTuple, TypeGuard
 
 from jaxtyping import Bool, Float, Int, UInt8
@@ -25,6 +23,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from tokjax import writing
 
 Array = np.ndarray
 Role = Literal["baseline", "control", "method"]
@@ -615,19 +615,8 @@ def save_png(picture: Figure | UInt8[Array, "H W *C"], path: str | Path, dpi: in
 
 
 def write_whole(path: str | Path, content: bytes) -> Path:
-    """Writes a file under a temporary name beside it and renames that, so that no reader ever sees half of it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with beside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-    return path
+    """Writes a file so that no reader ever sees half of it."""
+    return writing.write_whole(path, lambda beside: beside.write_bytes(content))
 
 
 # --- shared pieces ----------------------------------------------------------------------------------------------------

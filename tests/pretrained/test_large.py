@@ -134,11 +134,11 @@ def test_names_shapes_and_numbers_of_parameters(name):
 def test_only_what_is_not_placed_yet_is_in_memory():
     family, config, tensors = understood("vit-large-patch16-224")
     largest = 4 * 4 * 1024**2  # bytes of a matrix of the MLP
+    tree = shapes(config)
     tracemalloc.start()
     try:
-        placed = names.read_tree(
-            family.naming(config), shapes(config), tensors, config, place=lambda path, array: array.shape
-        )
+        leaves = names.check(family.naming(config), tree, tensors, config)
+        placed = names.read_tree(leaves, tree, tensors, config, place=lambda path, array: array.shape)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

@@ -21,6 +21,7 @@ from tokjax.pretrained import preprocess as pp
 from tokjax.pretrained.checkpoint import shapes, vision_of
 from tokjax.pretrained.naflex import Naflex
 from tokjax.pretrained.positions import resize_positions
+from tokjax.writing import UNFINISHED
 
 TINY = ViTConfig((16, 16), 8, width=8, depth=2, heads=2, mlp_ratio=2.0, num_classes=5)
 
@@ -467,6 +468,24 @@ def test_nothing_is_half_written(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         save_checkpoint(tmp_path, TINY, random_params(TINY, seed=1))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_folder_between_two_models_is_not_loaded(tmp_path):
+    save_checkpoint(tmp_path, TINY, random_params(TINY))
+    (tmp_path / UNFINISHED).touch()
+    for path in (tmp_path, tmp_path / "model.safetensors"):
+        with pytest.raises(UserError, match="left by a save that did not end"):
+            load_checkpoint(path)
+    save_checkpoint(tmp_path, TINY, random_params(TINY))
+    load_checkpoint(tmp_path)
+
+
+def test_what_an_earlier_model_had_is_removed(tmp_path):
+    """Files that loading would take for this model's."""
+    for name in ("reducers.json", "reducers.safetensors", "tokenizer.json", "tokenizer_config.json", "notes.txt"):
+        (tmp_path / name).touch()
+    save_checkpoint(tmp_path, TINY, random_params(TINY))
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors", "notes.txt"}
 
 
 def test_a_stale_processor_is_removed(tmp_path):

@@ -13,8 +13,8 @@ import tokjax
 from tokjax import api, tasks
 from tokjax.bench import report
 from tokjax.errors import UserError
+from tokjax.models.text import TextConfig
 from tokjax.models.vit import ViTConfig
-from tokjax.tasks.dense import patch_features
 
 CONFIG = Path(__file__).parents[2] / "configs" / "dense_scenes.py"
 
@@ -43,7 +43,7 @@ def rows_of(workdir, mode):
     return [row for row in report.read_jsonl(workdir / "results.jsonl") if row["mode"] == mode]
 
 
-def test_patch_features_are_those_of_the_token_that_a_patch_lives_on():
+def test_dense_features_are_those_of_the_token_that_a_patch_lives_on():
     config = ViTConfig((32, 32), 8, width=16, depth=1, heads=2, num_classes=0, registers=1)
     model = tokjax.build(config)
     images = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
@@ -52,22 +52,32 @@ def test_patch_features_are_those_of_the_token_that_a_patch_lives_on():
         return jax.jit(lambda params: model.forward(params, images, trace=trace))(model.params)
 
     whole = run(model, trace=False)
-    np.testing.assert_array_equal(patch_features(model, whole), whole.features[:, 2:])
+    np.testing.assert_array_equal(model.restore(whole).reshape(2, 16, 16), whole.features[:, 2:])
+    assert model.dense(images).shape == (2, 4, 4, 16)
+    np.testing.assert_allclose(model.dense(images), model.restore(whole), atol=1e-5)
 
     merged = tokjax.reduce(model, "tome", r=6)
     out = run(merged)
-    features = np.asarray(patch_features(merged, out))
+    features = np.asarray(merged.restore(out)).reshape(2, 16, 16)
+    np.testing.assert_allclose(merged.dense(images).reshape(2, 16, 16), features, atol=1e-5)
     assert out.features.shape[1] == 12 and features.shape == (2, 16, 16)
     origin = np.asarray(out.tokens.origin)[:, 2:]
     for b in range(2):
         np.testing.assert_array_equal(features[b], np.asarray(out.features)[b, origin[b]])
     with pytest.raises(ValueError, match="trace=True"):
-        patch_features(merged, whole)
+        merged.restore(whole)
+    with pytest.raises(ValueError, match="fill='mean': must be one of nearest, zeros"):
+        model.dense(images, fill="mean")
+    with pytest.raises(ValueError, match="images has shape"):
+        model.dense(images[:, :16])
+    text = tokjax.build(TextConfig(vocab_size=9, length=4, width=16, depth=1, heads=2))
+    with pytest.raises(ValueError, match="has no one grid of patches"):
+        text.dense(np.zeros((1, 4), np.int32))
 
     pruned = tokjax.reduce(model, "strided", keep_rate=0.5, layers=(0,))
     out = run(pruned)
     dropped = np.asarray(out.tokens.origin)[:, 2:] == out.features.shape[1]
-    zeros, nearest = (np.asarray(patch_features(pruned, out, fill=fill)) for fill in ("zeros", "nearest"))
+    zeros, nearest = (np.asarray(pruned.restore(out, fill=f)).reshape(2, 16, 16) for f in ("zeros", "nearest"))
     assert dropped.any() and (zeros[dropped] == 0).all() and (nearest[dropped] != 0).any(-1).all()
     np.testing.assert_array_equal(zeros[~dropped], nearest[~dropped])
 
@@ -177,6 +187,13 @@ def test_segmentation_of_a_folder_with_a_frozen_encoder(tmp_path):
     config.targets = ("depth",)
     with pytest.raises(UserError, match="the data have no depth; of places they have segmentation"):
         tasks.make(config, tmp_path / "run", "").run("eval")
+
+
+def test_a_head_that_is_trained_has_the_classes_of_the_data(tmp_path):
+    config = config_of(label_weight=1.0)
+    config.model.num_classes = 3
+    with pytest.raises(UserError, match=r"num_classes=3: the training data have \d+ classes of images"):
+        tasks.make(config, tmp_path, "").run("train")
 
 
 @pytest.mark.parametrize(

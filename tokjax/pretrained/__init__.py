@@ -2,6 +2,16 @@
 
 from tokjax.pretrained.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from tokjax.pretrained.positions import resize_grid, resize_positions
-from tokjax.pretrained.preprocess import Preprocess
+from tokjax.pretrained.preprocess import Naflex, Preprocess
+from tokjax.pretrained.tokenizer import Tokenizer
 
-__all__ = ["Checkpoint", "Preprocess", "load_checkpoint", "resize_grid", "resize_positions", "save_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "Naflex",
+    "Preprocess",
+    "Tokenizer",
+    "load_checkpoint",
+    "resize_grid",
+    "resize_positions",
+    "save_checkpoint",
+]

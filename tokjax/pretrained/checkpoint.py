@@ -8,10 +8,9 @@ beside what other libraries read, the complete configuration under the key "tokj
 back exactly.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 import dataclasses
 import json
-import os
 from pathlib import Path
 import re
 from typing import Any
@@ -31,8 +30,13 @@ from tokjax.pretrained import families, files, names
 from tokjax.pretrained.names import Config
 from tokjax.pretrained.positions import resize_positions
 from tokjax.pretrained.preprocess import Naflex, Preprocess, from_dict, to_processor
+from tokjax.pretrained.tokenizer import FILES as TOKENIZER_FILES
 from tokjax.pretrained.tokenizer import Tokenizer
+from tokjax.writing import whole_folder, write_whole
 
+REDUCERS, REDUCER_WEIGHTS = "reducers.json", "reducers.safetensors"
+# All that a saved model may have, the weights first.
+NAMES = (files.WEIGHTS, files.CONFIG, files.PROCESSOR, *TOKENIZER_FILES, REDUCERS, REDUCER_WEIGHTS)
 _KEY, _VERSION = "tokjax", 1
 
 
@@ -127,7 +131,7 @@ def load_checkpoint(
         rows, tree = family.naming(stored), shapes(stored)
         blank = family.blank(stored)
         ignored = re.compile(family.ignored)
-        names.check(rows, tree, tensors, stored, lambda name: name in blank or ignored.fullmatch(name))
+        leaves = names.check(rows, tree, tensors, stored, lambda name: name in blank or ignored.fullmatch(name))
     except _WRONG_VALUES as error:
         raise _of(found.path, error) from error
     config = _with_both(stored, scan=scan, **({} if dtype is None else {"dtype": dtype}))
@@ -147,9 +151,7 @@ def load_checkpoint(
     except _WRONG_VALUES as error:
         raise _of(found.path, error) from error
     try:
-        params = names.read_tree(
-            rows, tree, tensors, stored, lambda name: name in blank or ignored.fullmatch(name), stacked=scan, place=put
-        )
+        params = names.read_tree(leaves, tree, tensors, stored, stacked=scan, place=put)
     except UserError as error:
         raise _of(found.path, error) from error
     if preprocess is not None and len(preprocess.mean) != new.channels:
@@ -234,11 +236,12 @@ def save_checkpoint(
 
     With "hf" a model that one of transformers' classes can express is written in its form, with "timm" one that timm
     can build in timm's; a model that only the other side can express goes there. What neither can (two towers are
-    nothing for timm) is written under names of timm and OpenCLIP, and still comes back here exactly. Every file is
-    written under a temporary name and moved into place.
+    nothing for timm) is written under names of timm and OpenCLIP, and still comes back here exactly. All files appear
+    or none, see `tokjax.writing.whole_folder`.
 
     Args:
-        folder: made if it does not exist; files of these names in it are replaced.
+        folder: made if it does not exist. Files of `NAMES` in it are replaced or, where the model has none, removed
+            (reducers too, which `tokjax.save` writes); others stay.
         config: of the model.
         params: its parameter tree, numpy or jax arrays of any float type, written as float32; stacked blocks too.
         preprocess: from images to the model's input.
@@ -249,11 +252,25 @@ def save_checkpoint(
         ValueError: `params` are not those of `config` (the differences are listed), or an unknown family.
         UserError: `folder` is a file.
     """
+    with whole_folder(Path(folder).expanduser(), NAMES) as staged:
+        write_checkpoint(staged, config, params, preprocess, family, tokenizer)
+
+
+def write_checkpoint(
+    folder: Path,
+    config: Config,
+    params: Mapping[str, Any],
+    preprocess: Preprocess | Naflex | None = None,
+    family: str = "hf",
+    tokenizer: Any = None,
+) -> None:
+    """`save_checkpoint` into a folder that exists and is empty.
+
+    Raises:
+        ValueError: as `save_checkpoint`.
+    """
     if family not in families.SIDES:
         raise ValueError(f"family = {family!r}; allowed are 'hf' and 'timm'.")
-    folder = Path(folder).expanduser()
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file; a folder is needed.")
     form = families.to_save(config, family)
     rows = form.naming(config)
     tensors = names.write_tree(rows, shapes(config), _unstacked(params), config)
@@ -268,16 +285,13 @@ def save_checkpoint(
         "preprocess": preprocess.to_dict() if preprocess else None,
     }
     processor = to_processor(preprocess) if preprocess and form.side == "hf" else None
-    folder.mkdir(parents=True, exist_ok=True)
     # Transformers refuses a file that does not say which framework's layout it has.
     write_whole(folder / files.WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     if processor:
-        write_whole(folder / files.PROCESSOR, lambda path: _write_json(path, processor))
-    else:
-        (folder / files.PROCESSOR).unlink(missing_ok=True)
+        _write_json(folder / files.PROCESSOR, processor)
     if tokenizer is not None:
         tokenizer.save(folder)
-    write_whole(folder / files.CONFIG, lambda path: _write_json(path, {**form.describe(config, preprocess), _KEY: own}))
+    _write_json(folder / files.CONFIG, {**form.describe(config, preprocess), _KEY: own})
 
 
 def _unstacked(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -286,19 +300,6 @@ def _unstacked(params: Mapping[str, Any]) -> dict[str, Any]:
     if "attn" in tree.get("blocks", ()):
         tree["blocks"] = unstack(tree["blocks"])
     return tree
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Lets `write` fill a temporary file beside `path`, which then takes its place."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # safetensors makes its files readable by their owner alone
-        write(temporary)
-        temporary.chmod(mode)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ from tokjax.pretrained.archive import Archive
 from tokjax.pretrained.npz import read_npz
 from tokjax.pretrained.pickled import read_pickled
 from tokjax.pretrained.stored import BFLOAT16, Stored, map_bytes
+from tokjax.writing import refuse_unfinished
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
@@ -144,12 +145,14 @@ def find(path_or_id: str | Path) -> Files:
               the hub's own cache.
 
     Raises:
-        UserError: nothing is there, the hub cannot be reached and its cache lacks the files, or a file is damaged.
+        UserError: nothing is there, the hub cannot be reached and its cache lacks the files, a file is damaged, or the
+            folder is of a save that was interrupted.
     """
     path = Path(path_or_id).expanduser()
     if not path.exists():
         path = _download(str(path_or_id))
     folder = path if path.is_dir() else path.parent
+    refuse_unfinished(folder)
     weights = _weights(folder) if path.is_dir() else path
     # A repository may hold the same model in two forms, each with its own configuration.
     configs = [CONFIG, OPEN_CLIP_CONFIG][:: -1 if weights.name.startswith("open_clip") else 1]

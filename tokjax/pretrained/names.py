@@ -259,11 +259,10 @@ def check(
 
 
 def read_tree(
-    rows: Mapping[str, Row],
+    leaves: Mapping[Path, Leaf],
     shapes: Mapping[Any, Any],
     tensors: Readable,
     config: Config,
-    ignored: Callable[[str], object] = lambda name: False,
     *,
     stacked: bool = False,
     place: Place | None = None,
@@ -271,11 +270,10 @@ def read_tree(
     """Reads a parameter tree: every tensor once, widened, laid out and placed before the next one is read.
 
     Args:
-        rows: as `check` takes it, as all up to `ignored`.
+        leaves: as `check` gives them.
         shapes: the tree wanted.
         tensors: where to read.
         config: of the model.
-        ignored: names in the file that may be left unread.
         stacked: whether the arrays of equal blocks become one with a leading L axis, filled block by block.
         place: what becomes of an array once it is there, for example `jax.device_put` with a sharding for its path. It
             gets float32 numpy arrays that nobody else holds, aligned so that a CPU device takes them without a copy.
@@ -284,9 +282,8 @@ def read_tree(
         The tree, with what `place` gives for leaves.
 
     Raises:
-        UserError: tensors are missing, unexpected, of another shape or no floats; the first three are listed.
+        UserError: tensors that are no floats.
     """
-    leaves = check(rows, shapes, tensors, config, ignored)
     sizes = {path: array.shape for path, array in flatten(shapes)}
 
     together: dict[Path, list[Path]] = {}  # path in the tree returned -> paths of the blocks that it holds

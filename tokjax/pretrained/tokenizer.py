@@ -14,6 +14,7 @@ here, from the published code of each family:
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 import gzip
 import json
 from pathlib import Path
@@ -25,6 +26,9 @@ from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, p
 from tokenizers import Tokenizer as Backend
 
 from tokjax.errors import UserError
+from tokjax.writing import write_whole
+
+FILES = ("tokenizer.json", "tokenizer_config.json")  # what `Tokenizer.save` writes
 
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 _OPENAI_FILES = ("bpe_simple_vocab_16e6.txt.gz", "bpe_simple_vocab_16e6.txt")
@@ -216,8 +220,6 @@ class Tokenizer:
 
     def save(self, folder: str | Path) -> None:
         """Writes `tokenizer.json` and `tokenizer_config.json`, which `load` and transformers read to the same ids."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         special = {token.content for token in self.backend.get_added_tokens_decoder().values()}
         settings: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -229,14 +231,9 @@ class Tokenizer:
             # is called special is cut out of texts.
             if index is not None and (token := self.backend.id_to_token(index)) in special:
                 settings[name] = token
-        files = {
-            "tokenizer.json": self.backend.to_str(pretty=True),
-            "tokenizer_config.json": json.dumps(settings, indent=2) + "\n",
-        }
-        for name, text in files.items():
-            beside = folder / f".{name}.tmp"
-            beside.write_text(text, "utf-8")
-            beside.replace(folder / name)
+        texts = self.backend.to_str(pretty=True), json.dumps(settings, indent=2) + "\n"
+        for name, text in zip(FILES, texts, strict=True):
+            write_whole(Path(folder) / name, partial(Path.write_text, data=text, encoding="utf-8"))
 
 
 _SPECIAL = ("bos_token", "eos_token", "pad_token")

@@ -1,7 +1,7 @@
 """Dense prediction from patch features: segmentation and depth by linear probes, with and without reduction.
 
-A reduced encoder has no longer a token for every patch. `token_map.restore` gives each patch the features of the token
-that it lives on, and those of the nearest surviving patch where it was dropped; on these stands one linear map for each
+A reduced encoder has no longer a token for every patch. `Model.dense` gives each patch the features of the token that
+it lives on, and those of the nearest surviving patch where it was dropped; on these stands one linear map for each
 target. Probes are solved, not trained (`tokjax.train.probes`): segmentation by softmax regression, depth by ridge.
 """
 
@@ -19,7 +19,6 @@ import numpy as np
 from tokjax import api, data, token_map, viz
 from tokjax.data.sources import Fields
 from tokjax.errors import UserError
-from tokjax.models.transformer import Output
 from tokjax.tasks import experiment
 from tokjax.tasks.experiment import Experiment, user_input
 from tokjax.train import evaluation
@@ -32,6 +31,7 @@ TARGETS = {"segmentation": ("mean_iou", "pixel_accuracy"), "depth": ("delta1", "
 PROBED_ON = ("unreduced", "reduced")
 
 Probe = dict[str, Linear]  # of every target
+_NO_GRID = "config.task='dense': a NaFlex encoder has no one grid of patches"
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -57,30 +57,8 @@ def default_config() -> ml_collections.ConfigDict:
     return config
 
 
-def patch_features(model: api.Model, output: Output, *, fill: token_map.Fill = "nearest") -> Float[Array, "B P C"]:
-    """Features after the last norm at every patch of the image, row by row, float32, however few tokens were left.
-
-    Args:
-        model: whose `forward` gave the output, traced if it has reducers.
-        output: of it.
-        fill: what a dropped patch gets, see `token_map.restore`.
-    """
-    features, origin, prefix = output.features, output.tokens.origin, model.info.prefix
-    if origin is None and model.methods:
-        raise ValueError("output is of a reduced model: it needs trace=True")
-    if origin is None:
-        return features[:, prefix:].astype(jnp.float32)
-    return token_map.restore(features, origin, model.config.grid, prefix=prefix, fill=fill).astype(jnp.float32)
-
-
-@functools.lru_cache(maxsize=4)  # the sweep times what it then evaluates
-def _compiled(model: api.Model, fill: token_map.Fill) -> Callable[[PyTree, Array], Array]:
-    traced = bool(model.methods)
-    return jax.jit(lambda params, x: patch_features(model, model.forward(params, x, trace=traced), fill=fill))
-
-
 @jax.jit
-def _predict(probe: Probe, features: Float[Array, "B P C"]) -> dict[str, Array]:
+def _predict(probe: Probe, features: Float[Array, "B h w C"]) -> dict[str, Array]:
     out = {name: linear(features) for name, linear in probe.items()}
     return {name: y.argmax(-1) if name == "segmentation" else y[..., 0] for name, y in out.items()}
 
@@ -115,6 +93,8 @@ class Dense(Experiment):
         return self.test_loader().source.num_classes if self.config.label_weight else 0
 
     def evaluation_loader(self, split: str) -> data.Loader:
+        if self.initial is not None and self.initial.config.position == "naflex":
+            raise UserError(_NO_GRID)
         loader = super().evaluation_loader(split)
         fields = _fields(loader)
         if missing := [name for name in self.targets if name not in fields]:
@@ -129,7 +109,7 @@ class Dense(Experiment):
 
     def _check(self, model: api.Model) -> None:
         if model.config.position == "naflex":
-            raise UserError("config.init: a NaFlex encoder has no one grid of patches")
+            raise UserError(_NO_GRID)
         for name in self.targets:
             grid = _fields(self.test_loader())[name][0]
             if tuple(grid) != model.config.grid:
@@ -159,16 +139,21 @@ class Dense(Experiment):
         model, loader = self.fresh(), self.loader("train", train=True)
         self._check(model)
         config, traced = self.config, bool(model.methods)
+        if config.label_weight and model.config.num_classes != loader.source.num_classes:
+            raise UserError(
+                f"config.model.num_classes={model.config.num_classes}: the training data have "
+                f"{loader.source.num_classes} classes of images, which label_weight={config.label_weight} trains"
+            )
 
         def loss(params, batch, key):
             output = model.forward(params["encoder"], batch["image"], key=key, train=True, trace=traced)
-            features = patch_features(model, output, fill=config.fill)
+            features = model.restore(output, fill=config.fill)
             total, parts = jnp.float32(0), dict[str, Array]()
             if config.label_weight:
                 total += config.label_weight * cross_entropy(output.logits, batch["label"], batch["valid"])
             for name in self.targets:
-                out, goal = params["heads"][name](features), batch[name].reshape(features.shape[:2])
-                counted = batch["valid"][:, None] & _counts(name, goal)
+                out, goal = params["heads"][name](features), batch[name].reshape(features.shape[:3])
+                counted = batch["valid"][:, None, None] & _counts(name, goal)
                 if name == "segmentation":
                     goal = jnp.where(counted, goal, 0)
                     part = cross_entropy(out.reshape(-1, out.shape[-1]), goal.reshape(-1), counted.reshape(-1))
@@ -178,10 +163,9 @@ class Dense(Experiment):
                 total, parts = total + part, {**parts, f"{name}_loss": part}
             return total, parts
 
-        encode = _compiled(model, config.fill)
-
         def evaluate(params) -> Mapping[str, float]:
-            measured = self.measure(lambda images: encode(params["encoder"], images), params["heads"], "eval")
+            encode = self.timed(model.with_params(params["encoder"]))
+            measured = self.measure(encode, params["heads"], "eval")
             return {name: value for name, value in measured.items() if name != "images"}
 
         self.fit(model, loader, loss, evaluate)
@@ -189,14 +173,11 @@ class Dense(Experiment):
     def evaluate(self, model: api.Model, name: str) -> dict[str, Any]:
         """The metrics of the probes on this model's features."""
         self._check(model)
-        probe = self.probe_of(model, name)
-        encode = _compiled(model, self.config.fill)
-        return self.measure(lambda images: encode(model.params, images), probe, name)
+        return self.measure(self.timed(model), self.probe_of(model, name), name)
 
     def timed(self, model: api.Model) -> Callable[[PyTree], Any]:
         """Encoding with un-merging, without the probes, which cost the same for every method."""
-        encode = _compiled(model, self.config.fill)
-        return lambda images: encode(model.params, images)
+        return functools.partial(model.dense, fill=self.config.fill)
 
     def measure(self, encode: Callable[[Array], Array], probe: Probe, name: str) -> dict[str, Any]:
         """Metrics over all patches of the test images that count, and how many images there were."""
@@ -238,7 +219,7 @@ class Dense(Experiment):
         Raises:
             UserError: no patch of the training images counts.
         """
-        config, encode = self.config.probe, _compiled(model, self.config.fill)
+        config, encode = self.config.probe, self.timed(model)
         images, patches = len(self.evaluation_loader("train").source), model.config.num_patches
         share = min(1.0, config.patches / (images * patches))
         rng = np.random.default_rng(self.config.seed)
@@ -250,7 +231,7 @@ class Dense(Experiment):
             taken = rng.random((len(values["valid"]), patches)) < share
             taken &= values["valid"][:, None]
             taken &= np.any([_counts(target, labels[target]) for target in self.targets], 0)
-            features.append(np.asarray(encode(model.params, jnp.asarray(values["image"])))[taken])
+            features.append(np.asarray(encode(jnp.asarray(values["image"]))).reshape(*taken.shape, -1)[taken])
             for target in self.targets:
                 goals[target].append(labels[target][taken])
         x, probe = np.concatenate(features), {}
@@ -279,9 +260,7 @@ class Dense(Experiment):
         found = {
             name: {
                 target: np.asarray(values).reshape(-1, down, across)
-                for target, values in _predict(
-                    self.probe_of(each), _compiled(each, self.config.fill)(each.params, inputs)
-                ).items()
+                for target, values in _predict(self.probe_of(each), self.timed(each)(inputs)).items()
             }
             for name, each in (("unreduced", base), ("reduced", model))
         }

@@ -1,6 +1,8 @@
 """Features of a frozen image encoder: k-nearest-neighbour accuracy with and without reduction, and files of them."""
 
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +16,7 @@ from tokjax.errors import UserError
 from tokjax.tasks import experiment
 from tokjax.tasks.classify import Classify
 from tokjax.train.evaluation import knn_accuracy
+from tokjax.writing import write_whole
 
 BANKS = ("unreduced", "reduced")
 SPLITS = ("train", "test")
@@ -106,13 +109,13 @@ class FrozenFeatures(Classify):
         """Writes `features_train.npz` and `features_test.npz`: `features`, `labels` and `ids`, without pickles."""
         model = self.model()
         for split, found in zip(SPLITS, self.collect(model, SPLITS, "features"), strict=True):
-            path = self.workdir / f"features_{split}.npz"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_name(f"{path.name}.part")
-            with part.open("wb") as file:
-                np.savez(file, **found._asdict())
-            part.replace(path)
+            path = write_whole(self.workdir / f"features_{split}.npz", partial(_write_npz, found))
             print(f"{path}: {found.features.shape[0]} x {found.features.shape[1]}", flush=True)
+
+
+def _write_npz(features: Features, path: Path) -> None:
+    with path.open("wb") as file:  # given a path, numpy would add a suffix
+        np.savez(file, **features._asdict())
 
 
 def _mean_cosine(a: Float[np.ndarray, "N C"], b: Float[np.ndarray, "N C"]) -> float:

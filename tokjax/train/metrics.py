@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from tokjax.errors import UserError
+from tokjax.writing import write_whole
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -62,9 +63,7 @@ class MetricsWriter:
         if self.path.exists():
             kept = "".join(json.dumps(row) + "\n" for row in read_metrics(self.path) if row["step"] <= step)
             if kept != self.path.read_text():
-                beside = self.path.with_suffix(".tmp")
-                beside.write_text(kept)
-                beside.replace(self.path)
+                write_whole(self.path, lambda beside: beside.write_text(kept))
         self._file = self.path.open("a", buffering=1)  # by lines: a killed run loses none that it wrote
 
     def write(self, step: int, values: Mapping[str, Any], prefix: str = "") -> None:
