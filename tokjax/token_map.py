@@ -284,7 +284,8 @@ def restore(
     """Features at every input patch again, P in all: a copy of the token that it lives on.
 
     That is `unmerge` through all the maps at once where they are hard. Of a soft map a patch takes the slot with its
-    largest share alone (as `SoftMap.dest`), not the mixture that its matrix transposed would give.
+    largest share alone (as `SoftMap.dest`), not the mixture that its matrix transposed would give. A patch that was
+    fused with many others into a token of no place (EViT) lives on that token, and has its features, not a survivor's.
 
     Args:
         x: features of the tokens that are left.

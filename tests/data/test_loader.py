@@ -348,6 +348,32 @@ class TestFields:
         resumed.set_state(state)
         assert same(take(resumed, 5), take(iterator, 5))
 
+    @pytest.mark.parametrize("threads", [0, 3])
+    def test_a_transform_may_have_some_too(self, threads):
+        class Column:
+            """A grey image as floats, and how bright it is."""
+
+            size, channels, dtype = (8, 4), 1, "float32"
+            fields = MappingProxyType({"shape": ((2,), "int32")})
+
+            def __call__(self, image, rng):
+                grey = image[:8, :4, :1].astype(np.float32) / 2
+                return {"image": grey, "shape": np.array(image.shape[:2])}
+
+        def normalise(pixels, out=None):
+            return np.add(pixels, 0.25, out=out)
+
+        source = WithFields(11, bad={4})
+        options = {"transform": Column(), "normalise": normalise, "bad_image_limit": 1, "num_threads": threads}
+        for number, batch in enumerate(eval_loader(source, **options)):
+            assert batch["image"].shape == (8, 8, 4, 1) and batch["image"].dtype == np.float32
+            assert batch["number"].shape == (8,) and batch["shape"].dtype == np.int32
+            assert not batch["shape"][~batch["valid"]].any()
+            for row in np.flatnonzero(batch["valid"]):
+                image = source[8 * number + int(row)]["image"]
+                np.testing.assert_array_equal(batch["image"][row], image[:8, :4, :1] / 2 + 0.25)
+                assert tuple(batch["shape"][row]) == image.shape[:2]
+
     def test_do_not_mix(self):
         with pytest.raises(ValueError, match="source or transform also have grid, number"):
             train_loader(WithFields(), mix=MIX)

@@ -13,6 +13,7 @@ import pytest
 import tokjax
 from tokjax.hooks import Hook
 from tokjax.models import layers
+from tokjax.models.text import TextConfig
 from tokjax.models.vit import Patches, ViTConfig, flexible_positions
 from tokjax.pretrained.positions import resize_grid
 from tokjax.reducers import REGISTRY
@@ -23,6 +24,8 @@ BASE = ViTConfig(image_size=(16, 20), patch_size=4, width=16, depth=3, heads=2, 
 ROPE = dataclasses.replace(BASE, position="rope", registers=4, key_bias=False, mlp="swiglu", layer_scale=0.5)
 NAFLEX = dataclasses.replace(BASE, image_size=(16, 16), position="naflex", class_token=False, pooling="map")
 SIGLIP = dataclasses.replace(BASE, class_token=False, pooling="map", gelu="tanh")
+CLIP_TEXT = TextConfig(vocab_size=20, length=9, width=16, depth=3, heads=2, embed_dim=6, eos_id=19)
+SIGLIP_TEXT = dataclasses.replace(CLIP_TEXT, causal=False, pooling="last", eos_id=None, embed_dim=16, head_bias=True)
 SHAPES = np.array([[4, 4], [3, 4], [2, 5], [1, 1]], np.int32)
 
 
@@ -159,19 +162,90 @@ def test_pictures_of_an_image_of_another_aspect():
 
 # Every encoder with every reducer.
 
+ENCODERS = {
+    "vit": BASE,
+    "mae": dataclasses.replace(BASE, pooling="size_mean", fc_norm=True),
+    "distilled": dataclasses.replace(BASE, distilled=True),
+    "dinov2": dataclasses.replace(BASE, registers=3, layer_scale=0.5, pooling="cls_mean"),
+    "dinov3": ROPE,
+    "clip": dataclasses.replace(BASE, pre_norm=True, patch_bias=False, head_bias=False, gelu="quick"),
+    "siglip": SIGLIP,
+    "naflex": NAFLEX,
+    "clip text": CLIP_TEXT,
+    "siglip text": SIGLIP_TEXT,
+}
+NO_GRID, NO_PADDING = r"grid=None|needs a patch grid", r"tokens\.valid: .* takes no padded rows"
+REFUSED = {
+    "naflex": {"heuristic": NO_GRID, "tomesd": NO_GRID, "kmedoids": NO_PADDING},
+    "clip text": {"heuristic": NO_GRID, "tomesd": NO_GRID, "gtp": NO_GRID, "kmedoids": NO_PADDING},
+    "siglip text": {"heuristic": NO_GRID, "tomesd": NO_GRID, "gtp": NO_GRID},
+}
+PADDED = ("naflex", "clip text")
 
-@pytest.mark.parametrize("name", sorted(name for name, e in REGISTRY.items() if e.padding and e.length == "static"))
-@pytest.mark.parametrize("cfg", [ROPE, NAFLEX, SIGLIP], ids=["dinov3", "naflex", "siglip"])
-def test_every_reducer_runs_in_every_encoder(cfg, name):
-    settings = REGISTRY[name].example or {REGISTRY[name].knob.field: 0.6}
-    reduced = tokjax.reduce(model(cfg), name, **settings)
-    x = patches() if cfg is NAFLEX else images(cfg)
+
+def inputs(cfg):
+    if isinstance(cfg, TextConfig):  # whose ends are the largest ids, at 8, 4 and 6
+        ids = np.random.default_rng(1).integers(0, 18, (3, cfg.length)).astype(np.int32)
+        ids[np.arange(3), [8, 4, 6]] = 19
+        return ids
+    return patches() if cfg is NAFLEX else images(cfg)
+
+
+def counts_of(cfg):
+    """Valid tokens of every row at the input."""
+    if cfg is CLIP_TEXT:
+        return np.array([9, 5, 7])
+    return SHAPES.prod(1) if cfg is NAFLEX else cfg.info.length
+
+
+def reduced_by(name, cfg, **settings):
+    return tokjax.reduce(
+        model(cfg), name, **{**(REGISTRY[name].example or {REGISTRY[name].knob.field: 0.6}), **settings}
+    )
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_every_reducer_has_its_shapes_in_every_encoder(encoder):
+    cfg, refused = ENCODERS[encoder], REFUSED.get(encoder, {})
+    x = inputs(cfg)
+    for name, entry in REGISTRY.items():
+        assert entry.padding or encoder not in PADDED or name in refused
+        if name in refused:
+            with pytest.raises(ValueError, match=refused[name]):
+                reduced_by(name, cfg)(x)
+            assert not entry.padding or any("grid" in need for need in entry.needs)
+            continue
+        reduced = reduced_by(name, cfg)
+        out = jax.eval_shape(lambda p, x, r=reduced: r.forward(p, x, trace=True), reduced.params, x)
+        whole = jax.eval_shape(lambda p, x: model(cfg).forward(p, x), model(cfg).params, x)
+        assert (out.logits, out.pooled) == (whole.logits, whole.pooled), name
+        lengths = [layer.length for layer in out.trace]
+        assert len(lengths) == cfg.depth and out.trace[-1].origin.shape == (
+            len(x) if hasattr(x, "shape") and not isinstance(x, Patches) else len(x.valid),
+            cfg.info.length,
+        )
+        if "model" not in entry.exempt:  # sequences that grow again
+            assert min(lengths) < cfg.info.length, name
+    if "gtp" in refused:
+        semantic = reduced_by("gtp", cfg, graph_type="semantic")
+        jax.eval_shape(lambda p, x: semantic.forward(p, x), semantic.params, x)
+
+
+OTHERS = [encoder for encoder in ENCODERS if encoder != "naflex"]
+RUNS = [(name, "naflex") for name in sorted(REGISTRY)]  # padded rows are the hardest; and another encoder in turn
+RUNS += [(name, OTHERS[i % len(OTHERS)]) for i, name in enumerate(sorted(REGISTRY))]
+
+
+@pytest.mark.parametrize(("name", "encoder"), [run for run in RUNS if run[0] not in REFUSED.get(run[1], {})])
+def test_every_reducer_runs(name, encoder):
+    cfg = ENCODERS[encoder]
+    reduced, x = reduced_by(name, cfg), inputs(cfg)
     out = jax.jit(lambda p, x: reduced.forward(p, x, trace=True), compiler_options=QUICK)(reduced.params, x)
     assert np.isfinite(out.logits).all()
-    if "model" not in REGISTRY[name].exempt:  # sequences that grow again
-        counts = SHAPES.prod(1) if cfg is NAFLEX else cfg.info.length
-        assert (np.asarray(out.trace[-1].tokens) <= counts).all()
-    assert (np.asarray(out.trace[-1].origin)[:, : cfg.prefix] == np.arange(cfg.prefix)).all()
+    if "model" not in REGISTRY[name].exempt:
+        assert (np.asarray(out.trace[-1].tokens) <= counts_of(cfg)).all()
+    prefix = cfg.info.prefix
+    assert (np.asarray(out.trace[-1].origin)[:, :prefix] == np.arange(prefix)).all()
 
 
 # Attention pooling.
