@@ -269,18 +269,20 @@ class Compare(classify.Classify):
 
     def predict_part(self, model: api.Model, part: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
         """Predicted classes of some test images, by their place in the file."""
-        images = self.once("images", model.unreduced, self.test_images)[part]
-        size = self.config.eval_batch_size
+        whole, size = self.once("examples", model.unreduced, self.examples), self.config.eval_batch_size
         classes = []
-        for start in range(0, len(images), size):
-            batch = images[start : start + size]
-            padded = np.concatenate([batch, np.zeros((size - len(batch), *batch.shape[1:]), batch.dtype)])
-            classes.append(np.asarray(model(self.inputs(model, {"image": padded}))).argmax(-1)[: len(batch)])
+        for start in range(0, len(part), size):
+            rows = part[start : start + size]
+            filled = np.concatenate([rows, np.repeat(rows[-1:], size - len(rows))])  # one shape, one program
+            batch = {name: values[filled] for name, values in whole.items()}
+            classes.append(np.asarray(model(self.inputs(model, batch))).argmax(-1)[: len(rows)])
         return np.concatenate(classes)
 
-    def test_images(self) -> Float[np.ndarray, "n H W 3"]:
-        """All readable test images, normalised; CIFAR-10's 5,000 are 61 MB."""
-        return np.concatenate([batch["image"][batch["valid"]] for batch in self.batches("test", "images")])
+    def examples(self) -> dict[str, np.ndarray]:
+        """All readable test examples, as batches hold them; CIFAR-10's 5,000 are 61 MB."""
+        given: Iterator[Mapping[str, Any]] = self.batches("test", "images")
+        batches = [{name: values[batch["valid"]] for name, values in batch.items()} for batch in given]
+        return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
 
     def record(self, model: api.Model, row: dict[str, Any]) -> None:
         """The predictions first, so that a row that is there has them."""
@@ -348,10 +350,11 @@ class Compare(classify.Classify):
             UserError: a reducer of static length.
         """
         config, model = self.config.lengths, self.model().unreduced
-        images = self.test_images()[: config.batch]
-        for i in range(round(config.plain * len(images))):
-            images[2 * i % len(images)] = _plain(images[2 * i % len(images)])
-        inputs, rows = self.inputs(model, {"image": images}), []
+        batch = {name: values[: config.batch].copy() for name, values in self.examples().items()}
+        images: Any = batch["image"]
+        for i in np.linspace(0, len(images), round(config.plain * len(images)), endpoint=False, dtype=int):
+            images[i] = _plain(images[i])
+        inputs, rows = self.inputs(model, batch), []
         for method in config.methods:
             with user_input():
                 reduced = api.reduce(model, method["name"], **dict(method["settings"]))
