@@ -124,6 +124,7 @@ def test_report(ran):
     workdir, _ = ran
     table = (workdir / "table.md").read_text()
     assert "has no staged form" in table
+    assert "| ToMe | per-layer | r=" in table
     assert table.count("[") == table.count("]") >= 2  # intervals
     for name in ("pareto_per_layer.png", "pareto_staged.png"):
         assert (workdir / name).read_bytes().startswith(b"\x89PNG")

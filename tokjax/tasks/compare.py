@@ -313,7 +313,7 @@ class Compare(classify.Classify):
         timed = {_cell(row): row for row in self._rows("speed", model)}
         known = ("images_per_s", "speedup", "overhead", "batch")
         rows = [
-            {**row, **{key: timed[_cell(row)][key] for key in known if _cell(row) in timed}}
+            {**row, **_knob(row), **{key: timed[_cell(row)][key] for key in known if _cell(row) in timed}}
             for row in self._rows("compare", model)
         ]
         if not rows:
@@ -410,6 +410,14 @@ class Compare(classify.Classify):
                 gain = f"{100 * found.difference:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
             out.append({**row, **({"gain": gain} if gain else {})})
         return out
+
+
+def _knob(row: Mapping[str, Any]) -> dict[str, str]:
+    """The setting without what the placement says already: the value of the knob, over blocks its mean."""
+    if "settings" not in row:
+        return {}
+    field = reducers.entry(row["name"]).knob.field
+    return {"setting": f"{field}={np.mean(row['settings'][field]):.3g}"}
 
 
 def _on_device(way: Callable[[Any], Any], inputs: Any) -> Array:
