@@ -18,11 +18,12 @@ def model() -> tokjax.Model:
 
 
 def neighbours(found: budget.Solution, name: str, model: tokjax.Model, cost) -> list[float]:
-    """Relative costs one step of the knob below and above the solution."""
+    """Relative costs one step of the knob below and above the solution, which may stand between two of its values."""
     knob = REGISTRY[name].knob
-    values = knob.values(model.info)
-    at = values.index(found.settings[knob.field])
-    beside = [{**found.settings, knob.field: values[i]} for i in (at - 1, at + 1) if 0 <= i < len(values)]
+    values, value = knob.values(model.info), np.mean(found.settings[knob.field])
+    below = [v for v in values if v < value][-1:] if values[0] < values[-1] else [v for v in values if v > value][-1:]
+    above = [v for v in values if v > value][:1] if values[0] < values[-1] else [v for v in values if v < value][:1]
+    beside = [{**found.settings, knob.field: v} for v in below + above]
     return [cost(tokjax.reduce(model, name, **settings)) / cost(model) for settings in beside]
 
 
@@ -42,6 +43,25 @@ def test_target_is_reached_within_a_step_of_the_knob(model, name):
     steps = neighbours(found, name, model, macs)
     assert all(abs(found.relative - 0.7) <= abs(step - 0.7) for step in steps)
     assert min(steps) <= 0.7 <= max(steps)
+
+
+def test_settings_between_the_knobs_values_come_nearer(model):
+    whole = [macs(tokjax.reduce(model, "tome", r=r)) / macs(model) for r in range(5)]
+    target = (whole[1] * 3 + whole[2]) / 4  # between one and two tokens a block
+    found = budget.solve("tome", model, macs=target)
+    assert found.settings["r"] == (2, 1, 1, 1)
+    assert abs(found.relative - target) < min(abs(share - target) for share in whole)
+    rated = budget.solve("evit", model, macs=0.62, layers=(0, 1, 2, 3))
+    assert abs(rated.relative - 0.62) < 0.02
+
+
+def test_several_targets_are_solved_as_one(model):
+    found = budget.solve("topk", model, macs=[0.8, 0.6])
+    for solution, target in zip(found, (0.8, 0.6), strict=True):
+        alone = budget.solve("topk", model, macs=target)
+        assert (solution.settings, solution.relative, solution.target) == (alone.settings, alone.relative, target)
+    with pytest.raises(ValueError, match=r"macs=0: must be in"):
+        budget.solve("topk", model, macs=[0.8, 0])
 
 
 def test_target_of_tokens(model):
