@@ -6,16 +6,18 @@ FOLDER holds CIFAR-10 as parquet files. The model is the one in experiments/comp
 configs/cifar10.py:deep; --config.init names another. The run may be stopped at any time and goes on where it was.
 """
 
+from pathlib import Path
+
 import ml_collections
 
 from tokjax.tasks.compare import default_config
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-    """`arg` "short": three methods, two targets, few images."""
+    """`arg` "short": four methods, two targets, few images."""
     config = default_config()
     config.title = "Token reduction on CIFAR-10 at equal cost"
-    config.init = "experiments/compare_vit/model"
+    config.init = str(Path(__file__).parents[1] / "experiments/compare_vit/model")
     config.eval_batch_size = 100
     config.data.source = "parquet"
     config.data.image_size = (32, 32)

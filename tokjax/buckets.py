@@ -169,7 +169,8 @@ class Bucketed:
         """Logits, and what they took.
 
         Raises:
-            ValueError: inputs of another shape, or reducers that keep state between blocks: it cannot be regrouped.
+            ValueError: inputs of another shape, or reducers that keep state of tokens between blocks: it cannot
+                be regrouped.
         """
         self.model.config.check(images)
         params, batch = self.model.params, jax.tree.leaves(images)[0].shape[0]

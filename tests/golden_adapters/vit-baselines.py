@@ -184,7 +184,7 @@ def ats_official(arrays):
     graphdef, _ = nnx.split(nnx.eval_shape(lambda: Block(cfg, rngs=nnx.Rngs(0))))
     params = block_params(arrays)
     params["attn"].pop("out_zero_mask")  # a constant of the published module
-    hooks = [Hook("after_attention", 0, ats.ATS(form="official", kept=points))]
+    hooks = [Hook("after_attention", 0, ats.ATS(variant="official", kept=points))]
 
     @jax.jit
     def block(params, tokens):

@@ -1,11 +1,12 @@
 """The registry: reducers by name, errors that help, knobs and settings that exist."""
 
+import inspect
 import math
 
 from flax import nnx
 import pytest
 
-from tokjax import reducers
+from tokjax import api, budget, reducers
 from tokjax.hooks import ModelInfo
 from tokjax.reducers import REGISTRY, create, entry, name_of, settings_of
 from tokjax.reducers.vit.tome import ToMe
@@ -56,6 +57,19 @@ def test_what_an_entry_says_fits_its_reducer(name):
     assert name_of(create(name, INFO, **registered.example)) == name
     assert registered.kind
     assert registered.paper
+
+
+@pytest.mark.parametrize("name", sorted(REGISTRY))
+def test_settings_are_no_arguments_of_what_takes_them(name):
+    """`tokjax.reduce(model, name, **settings)` would take such a setting for its own argument."""
+    taken = {parameter for function in (api.reduce, budget.solve) for parameter in explicit(function)}
+    assert taken == {"model", "method", "form", "tower", "name", "macs", "tokens", "inputs"}
+    assert not taken & set(settings_of(name))
+
+
+def explicit(function) -> list[str]:
+    kinds = inspect.signature(function).parameters.values()
+    return [parameter.name for parameter in kinds if parameter.kind is not parameter.VAR_KEYWORD]
 
 
 @pytest.mark.parametrize("name", sorted(REGISTRY))

@@ -57,7 +57,7 @@ def test_every_cell_has_a_row(rows):
 def test_columns_of_a_cell(rows):
     row = rows["ToMe", "per-layer", 0.8]
     assert row["macs_relative"] == pytest.approx(0.8, abs=0.05)
-    assert row["images"], row["images_all"] == (40, 60)
+    assert (row["images"], row["images_all"]) == (40, 60)
     assert 0 <= row["agreement"] <= 1
     assert row["settings"]["layers"] == [0, 1, 2, 3]
     assert row["setting"].startswith("layers=(0, 1, 2, 3), r=")
@@ -86,11 +86,14 @@ def test_a_part_of_the_images_is_judged_as_among_all(ran, rows):
     """The accuracy on the part is that of the same images in the whole file, whichever way they were predicted."""
     workdir, config = ran
     task = compare.Compare(config, workdir, "")
-    task.whole, model = None, task.model()
+    model = task.model()
     reduced = api.reduce(model, "tome", r=2)
-    both = [task.judged(reduced, "", whole=whole) for whole in (True, False)]
-    assert {key: both[0][key] for key in both[1]} == both[1]
-    assert rows["unreduced", None, None]["accuracy"] == task.judged(model, "", whole=True)["accuracy"]
+    (whole, predicted), (part, among) = (task.judged(reduced, "", whole=whole) for whole in (True, False))
+    assert {key: whole[key] for key in part} == part
+    seen = among >= 0
+    assert seen.sum() == 40
+    np.testing.assert_array_equal(among[seen], predicted[seen])
+    assert rows["unreduced", None, None]["accuracy"] == task.judged(model, "", whole=True)[0]["accuracy"]
 
 
 def test_lengths_that_depend_on_the_data_are_counted_on_a_batch(ran, monkeypatch):
@@ -98,10 +101,10 @@ def test_lengths_that_depend_on_the_data_are_counted_on_a_batch(ran, monkeypatch
     monkeypatch.setattr(compare.budget, "solve", lambda *args, **options: seen.update(options) or [None])
     workdir, config = ran
     task = compare.Compare(config, workdir, "")
-    task.batch = np.ones(3)
-    [found] = task.solutions({"name": "ats", "settings": {"form": "official"}}, "staged", task.model(), [0.5])
+    batch = np.ones(3)
+    [found] = task.solutions({"name": "ats", "settings": {"variant": "official"}}, "staged", task.model(), [0.5], batch)
     assert found == (0.5, None)
-    assert seen == {"macs": [0.5], "inputs": task.batch, "layers": (1, 2, 3), "form": "official"}
+    assert seen == {"macs": [0.5], "inputs": batch, "layers": (1, 2, 3), "variant": "official"}
 
 
 def test_three_ways_of_a_dynamic_length(ran):
@@ -119,7 +122,7 @@ def test_a_second_run_adds_nothing(ran, capsys):
     for mode in ("compare", "speed"):
         compare.Compare(config, workdir, "a command").run(mode)
     assert (workdir / "results.jsonl").read_bytes() == before
-    assert "Without training, and so not here: clca, dynamicvit" in capsys.readouterr().out
+    assert "Not here, since they need training: clca, dynamicvit" in capsys.readouterr().out
 
 
 def test_report(ran):

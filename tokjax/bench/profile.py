@@ -2,7 +2,8 @@
 
 Reducers run under a `jax.named_scope("reducer.<name>")`. The compiler keeps scopes as metadata of its instructions, the
 profiler names the instruction that every span of time belongs to. An instruction into which the compiler fused both
-the model's work and a reducer's counts for the one that its metadata names.
+the model's work and a reducer's counts for the one that its metadata names. Tried on CPUs; where events have the names
+of kernels, as a GPU's may, the instruction is taken from their statistics.
 """
 
 from collections.abc import Callable
@@ -42,7 +43,7 @@ def reducer_share(compiled: jax.stages.Compiled, run: Callable[[], Any], calls: 
         busy = {True: 0.0, False: 0.0}
         for event in (event for plane in planes for line in plane.lines for event in line.events):
             name = event.name
-            if name not in inside:  # a GPU's events have the names of kernels, the instruction stands beside
+            if name not in inside:
                 name = next((str(value) for key, value in event.stats if key == "hlo_op"), name)
             if name in inside:
                 busy[inside[name]] += event.duration_ns

@@ -233,7 +233,7 @@ _known = [
     Column("images_per_s", "images/s", _number(lambda rate: f"{rate:,.0f}" if rate >= 1000 else _digits(rate))),
     Column("speedup", "speed-up", _number(lambda factor: f"{factor:.2f}x")),
     Column("overhead", "reducer's time %", _number(lambda share: f"{100 * share:.1f}")),
-    Column("gain", "over the better control, points [95 %]", _words),
+    Column("gain", "over the better control, points [95 %; * beyond noise]", _words),
     Column("filled", "slots filled %", _percent),
     Column("largest_difference", "largest difference", _number(lambda value: f"{value:.1e}")),
 ]

@@ -1,4 +1,4 @@
-"""ATS: which tokens the points take, in which order, how many, what finds no slot, and the official form."""
+"""ATS: which tokens the points take, in which order, how many, what finds no slot, and the official variant."""
 
 import jax
 import jax.numpy as jnp
@@ -77,9 +77,9 @@ def test_padding_is_never_taken():
     np.testing.assert_array_equal(plan.map.keep[plan.valid], place[alone.map.keep[alone.valid]])
 
 
-def test_official_form_orders_by_significance_and_drops_the_least():
+def test_official_variant_orders_by_significance_and_drops_the_least():
     scores = [[9, 0.4, 0.1, 0.3, 0.2]]
-    plan = ATS(form="official", keep_rate=1.0).plan(tokens_of(5), seen(scores))
+    plan = ATS(variant="official", keep_rate=1.0).plan(tokens_of(5), seen(scores))
     # Ascending .1 .2 .3 .4: cumulative sums 0, 2/9, 5/9, 1; points 2/9, .48, .74, 1: .1 is never nearest.
     np.testing.assert_array_equal(plan.map.keep, [[0, 4, 3, 1, 5]])
     out = apply(plan, tokens_of(5))
@@ -88,15 +88,15 @@ def test_official_form_orders_by_significance_and_drops_the_least():
 
 
 def test_rows_without_significance_stay_finite():
-    for form in ("benchmark", "official"):
+    for variant in ("benchmark", "official"):
         tokens = tokens_of(6, batch=2)
-        plan = ATS(form=form, kept=3).plan(tokens, seen(np.zeros((2, 6))))
+        plan = ATS(variant=variant, kept=3).plan(tokens, seen(np.zeros((2, 6))))
         assert np.isfinite(apply(plan, tokens).x).all() and (plan.aux["sampled"] >= 1).all()
 
 
-def test_hooks_of_both_forms():
+def test_hooks_of_both_variants():
     assert [(h.layer, h.reducer.count(16)) for h in ATS(0.5).hooks(INFO)] == [(3, 8), (6, 4), (9, 2)]
-    official = ATS(1.0, form="official").hooks(INFO)
+    official = ATS(1.0, variant="official").hooks(INFO)
     assert [h.layer for h in official] == list(range(3, 12))
     assert {h.reducer.count(16) for h in official} == {16} and {h.where for h in official} == {"after_attention"}
     assert ATS(1.0).hooks(INFO) == []
@@ -115,7 +115,7 @@ def test_the_choice_has_no_gradient():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"form": "new"}, "form='new': must be one of benchmark, official"),
+        ({"variant": "new"}, "variant='new': must be one of benchmark, official"),
         ({"capacity": 0}, "capacity=0: must be at least 1"),
         ({"keep_rate": 0.0}, "keep_rate=0.0"),
     ],

@@ -1,8 +1,8 @@
 """ATS: sample tokens by the significance that CLS gives them; easy images keep fewer.
 
 Paper:  Fayyaz et al., "Adaptive Token Sampling for Efficient Vision Transformers", ECCV 2022 (arXiv 2111.15667).
-Source: JoakimHaurum/TokenReduction, `models/ats.py` (form "benchmark", of Haurum et al., "Which Tokens to Use?",
-        ICCVW 2023); adaptivetokensampling/ATS, `libs/models/ats_block.py` (form "official").
+Source: JoakimHaurum/TokenReduction, `models/ats.py` (variant "benchmark", of Haurum et al., "Which Tokens to Use?",
+        ICCVW 2023); adaptivetokensampling/ATS, `libs/models/ats_block.py` (variant "official").
 Kind:   prune, training-free; the length depends on the data: static capacity, valid mask, counts in `aux`.
 Needs:  the CLS row of the attention and the values; without prefix tokens, the attention that a token receives.
 
@@ -23,10 +23,10 @@ Where we decide:
   adds 1e-6 / N to every weight and masks by a policy; here masked keys have weight zero, a difference below 1e-6.
 - The official normalisation subtracts the smallest cumulative sum: zero as soon as a row has an empty slot, else the
   least significant token's own, which therefore never stays in a full row. This is followed, so that the law of padding
-  holds for the benchmark form only.
+  holds for the benchmark variant only.
 - A `capacity` below the number of samples drops the least significant of the surplus; `aux` has `sampled`, the tokens
   that stay, and `overflow`, those that found no slot.
-- Without CLS the norm is taken over all heads in both forms.
+- Without CLS the norm is taken over all heads in both variants.
 
 Cost: two passes over the `[samples, N]` distances of a row and two sorts of N, four with a capacity; no matrix product.
 """
@@ -46,11 +46,11 @@ from tokjax.signals import Signals, attention_rows, column_mean
 from tokjax.token_map import Plan, rows
 from tokjax.tokens import Tokens
 
-Form = Literal["benchmark", "official"]
+Variant = Literal["benchmark", "official"]
 TIE = 3e-7
 
 
-def significance(tokens: Tokens, signals: Signals, form: Form = "benchmark") -> Float[Array, "B P"]:
+def significance(tokens: Tokens, signals: Signals, variant: Variant = "benchmark") -> Float[Array, "B P"]:
     """Step 1, of the tokens behind the prefix; zero where they are invalid. Not normalised, no gradient."""
     value = jax.lax.stop_gradient(signals.need("value")).astype(jnp.float32)
     whole = jnp.sqrt(jnp.square(value).sum((-2, -1)))
@@ -58,7 +58,7 @@ def significance(tokens: Tokens, signals: Signals, form: Form = "benchmark") -> 
         score = column_mean(signals, tokens.valid) * whole
     else:
         paid = attention_rows(signals, slice(0, 1))[:, :, 0]  # [B,H,N]
-        if form == "official":
+        if variant == "official":
             score = paid.sum(1) * whole
         else:
             norm = jnp.sqrt(jnp.square(value).sum(-1))
@@ -75,7 +75,7 @@ def normalised(score: Float[Array, "B P"]) -> Float[Array, "B P"]:
 
 
 def cumulative(score: Float[Array, "B P"]) -> Float[Array, "B P"]:
-    """Step 2 of the official form, of ascending scores: from 0 to 1."""
+    """Step 2 of the official variant, of ascending scores: from 0 to 1."""
     total = jnp.cumsum(score, -1)
     low = total[:, :1]
     span = total[:, -1:] - low
@@ -83,7 +83,7 @@ def cumulative(score: Float[Array, "B P"]) -> Float[Array, "B P"]:
 
 
 def sample_points(samples: int | Int[Array, "B 1"], most: int) -> Float[Array, "#B most"]:
-    """Step 3 of the benchmark form: (2i + 1) / 2K for i < K - 1, with K = samples + 1."""
+    """Step 3 of the benchmark variant: (2i + 1) / 2K for i < K - 1, with K = samples + 1."""
     return (2 * jnp.arange(most, dtype=jnp.float32)[None] + 1) / (2 * (samples + 1))
 
 
@@ -104,26 +104,26 @@ class ATS(Tabled):
     """Adaptive sampling between attention and MLP; settings as of `Tabled`, whose counts are numbers of samples.
 
     Attributes:
-        form: "benchmark" draws int(keep_rate**(j+1) * patches) samples at location j, by default in three blocks;
+        variant: "benchmark" draws int(keep_rate**(j+1) * patches) samples at location j, by default in three blocks;
             "official" draws int(keep_rate * patches) in every block from depth / 4 on (the paper: keep_rate 1).
         capacity: slots behind the prefix at each location; None: as many as samples, so that nothing overflows.
     """
 
-    form: Form = "benchmark"
+    variant: Variant = "benchmark"
     capacity: int | tuple[int, ...] | None = None
     where: ClassVar[Where] = "after_attention"
 
     def __post_init__(self):
         super().__post_init__()
-        if self.form not in get_args(Form):
-            raise ValueError(f"form={self.form!r}: must be one of {', '.join(get_args(Form))}")
+        if self.variant not in get_args(Variant):
+            raise ValueError(f"variant={self.variant!r}: must be one of {', '.join(get_args(Variant))}")
         slots = self.capacity if isinstance(self.capacity, tuple) else (self.capacity,)
         if any(c is not None and c < 1 for c in slots):
             raise ValueError(f"capacity={self.capacity}: must be at least 1")
 
     def hooks(self, info: ModelInfo) -> list[Hook]:
         layers = self.layers
-        if layers is None and self.form == "official":
+        if layers is None and self.variant == "official":
             layers = tuple(range(info.depth // 4, info.depth))
         layers = schedules.at_layers(layers, info.depth)
         if isinstance(self.capacity, tuple) and len(self.capacity) != len(layers):
@@ -131,19 +131,21 @@ class ATS(Tabled):
         return super(ATS, dataclasses.replace(self, layers=layers)).hooks(info)
 
     def count(self, patches: int, location: int | None = None) -> int:
-        even = self.form == "official" and self.kept is None
+        even = self.variant == "official" and self.kept is None
         return super().count(patches, 0 if even else location)
 
     def reduces(self, patches: int, location: int) -> bool:
-        return self.form == "official" or super().reduces(patches, location)  # samples of all tokens are fewer tokens
+        return self.variant == "official" or super().reduces(
+            patches, location
+        )  # samples of all tokens are fewer tokens
 
     def plan(self, tokens: Tokens, signals: Signals) -> Plan | None:
         n, p = tokens.length - tokens.prefix, tokens.prefix
-        most, official = self.most(tokens), self.form == "official"
+        most, official = self.most(tokens), self.variant == "official"
         patches = n if self.patches is None else self.patches
         if n <= 1 or not self.reduces(patches, self.location):
             return None
-        score = significance(tokens, signals, self.form)
+        score = significance(tokens, signals, self.variant)
         inside = jnp.ones(score.shape, bool) if tokens.valid is None else tokens.valid[:, p:]
         key = jnp.where(inside, score, -1) if official else ~inside
         order = jnp.argsort(key, axis=-1, stable=True)  # official: empty slots first, else last
