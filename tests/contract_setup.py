@@ -18,7 +18,7 @@ import numpy as np
 from tokjax import hooks as hk
 from tokjax import token_map
 from tokjax.models import vit
-from tokjax.reducers import REGISTRY, create
+from tokjax.reducers import REGISTRY, Entry, create
 from tokjax.signals import AttentionRule, Context, Signals
 from tokjax.tokens import Tokens
 
@@ -27,6 +27,17 @@ CHANNELS = 3 * HEADS * WIDTH
 TEXT = 3
 SHAPES = ((17, 1), (16, 0), (18, 2))  # tokens, of them prefix: an odd and two even lengths, all on a 4 x 4 grid
 ALONE = (12, 1)  # a row that stands in 17 slots, without its padding
+
+
+# Reducers that meet tokens which others made, by the names under which the laws of padding know them.
+COMBINED: dict[str, tuple[str, dict[str, Any]]] = {
+    "topk, dpcknn": ("chain", {"parts": (("topk", {"layers": (0,)}), ("dpcknn", {"layers": (1, 2)}))}),
+    "topk, ats": ("chain", {"parts": (("topk", {"layers": (0,)}), ("ats", {"layers": (1, 2)}))}),
+    "ats, dpcknn": ("chain", {"parts": (("ats", {"layers": (0,)}), ("dpcknn", {"layers": (1, 2)}))}),
+    "topk, diffrate": ("chain", {"parts": (("topk", {"layers": (0,)}), ("diffrate", {"strength": 2.0}))}),
+    "clca of dpcknn": ("clca", {"reducer": "dpcknn", "num_clr": 1}),
+    "clca of ats": ("clca", {"reducer": "ats", "num_clr": 1}),
+}
 
 
 def _known(options: dict[str, Any]) -> dict[str, Any]:
@@ -78,9 +89,15 @@ def info(shape: Shape, depth: int = DEPTH) -> hk.ModelInfo:
     return hk.ModelInfo(depth, CHANNELS, HEADS, length, prefix, GRID, "cls" if prefix else "mean", classes=5)
 
 
+def entry(name: str) -> Entry:
+    """The registered reducer of this name, or the one that combines others."""
+    return REGISTRY[COMBINED[name][0] if name in COMBINED else name]
+
+
 def made(name: str, at: hk.ModelInfo, **settings: Any) -> hk.Reducer:
+    name, example = COMBINED.get(name, (name, entry(name).example))
     with jax.ensure_compile_time_eval():  # parameters are drawn once, not by every program
-        return create(name, at, **{**REGISTRY[name].example, **settings})
+        return create(name, at, **{**example, **settings})
 
 
 def signals(tokens: Tokens, context: Context) -> Signals:
@@ -155,7 +172,7 @@ def hooks_of(name: str, shape: Shape, **settings: Any) -> list[hk.Hook]:
         ValueError: there are others.
     """
     reducer = made(name, info(shape), **settings)
-    if shape == ALONE and REGISTRY[name].learned:  # a padded row and the row alone meet the same parameters
+    if shape == ALONE and entry(name).learned:  # a padded row and the row alone meet the same parameters
         beside = made(name, info(SHAPES[0]), **settings)
         if _shapes(beside) != _shapes(reducer):
             reducer = beside

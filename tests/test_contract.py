@@ -13,6 +13,7 @@ from contract_setup import (
     ALONE,
     BATCH,
     CHANNELS,
+    COMBINED,
     DEPTH,
     GRID,
     HEADS,
@@ -210,8 +211,17 @@ def test_a_row_without_padding_is_planned_as_if_there_were_no_mask(name):
 
 @law("padding")
 def test_a_padded_row_gives_what_the_row_alone_gives(name):
-    if not padded(name):
-        return
+    if padded(name):
+        _check_padded_rows(name)
+
+
+@pytest.mark.parametrize("name", COMBINED)
+def test_a_padded_row_gives_what_the_row_alone_gives_to_several(name):
+    """Counts are shares of the patches at the input, whatever else has changed the tokens."""
+    _check_padded_rows(name)
+
+
+def _check_padded_rows(name: str) -> None:
     n, (length, prefix) = SHAPE[0], ALONE
 
     @examples(25)
