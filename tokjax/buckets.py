@@ -24,6 +24,7 @@ import numpy as np
 
 from tokjax import reducers, token_map
 from tokjax.api import Model
+from tokjax.hooks import reducing
 from tokjax.models.transformer import Ran
 from tokjax.models.vit import ViTConfig
 from tokjax.signals import Context
@@ -141,8 +142,8 @@ class Bucketed:
             raise ValueError(f"model is of a {type(model.config).__name__}: must be of a ViTConfig")
         names = [m.name for m in model.methods if m.name in reducers.REGISTRY]
         dynamic = {name for name in names if reducers.entry(name).length == "dynamic"}
-        found = [m.reducer.hooks(model.info) for m in model.methods if m.name in dynamic]
-        cuts = sorted({hook.layer + 1 for hooks in found for hook in hooks if hook.layer + 1 < model.info.depth})
+        found = [hook for m in model.methods if m.name in dynamic for hook in m.reducer.hooks(model.info)]
+        cuts = [layer + 1 for layer in reducing(found) if layer + 1 < model.info.depth]
         if not cuts:
             raise ValueError(f"model={model!r}: has no reducer of dynamic length before its last block")
         if any(hook.where == "readout" for hook in model.hooks):

@@ -11,6 +11,7 @@ from jaxtyping import PyTree
 import numpy as np
 
 from tokjax import api, reducers
+from tokjax.hooks import reducing
 
 CLOSE = 0.005  # of the unreduced model's cost: nearer to a target than this, finer settings are not looked for
 
@@ -131,7 +132,7 @@ class _Search:
         reachable = self.at(self.values[0]), self.at(self.values[-1])
         cheap, dear = self.around(self.values, target)
         if abs(self.at(self.nearest(target)) - target) > CLOSE:
-            locations = len({hook.layer for hook in self.tried[cheap][0].hooks[len(self.model.hooks) :]})
+            locations = len(reducing(self.tried[cheap][0].hooks[len(self.model.hooks) :]))
             self.around([cheap, *self.registered.knob.between(cheap, dear, locations), dear], target)
         best = self.nearest(target)
         reduced, relative = self.tried[best]

@@ -59,7 +59,10 @@ class Reducer(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Hook:
-    """Calls `reducer.<call>(tokens, signals)` at a site; it holds the reducer itself, so that equal hooks are equal."""
+    """Calls `reducer.<call>(tokens, signals)` at a site; it holds the reducer itself, so that equal hooks are equal.
+
+    By convention `plan` decides which tokens stay; calls of other names prepare that, or bring tokens back.
+    """
 
     where: Where
     layer: int
@@ -73,6 +76,11 @@ class Hook:
 
 def at(hooks: Sequence[Hook], where: Where, layer: int = 0) -> list[Hook]:
     return [hook for hook in hooks if hook.where == where and hook.layer == layer]
+
+
+def reducing(hooks: Sequence[Hook]) -> tuple[int, ...]:
+    """The blocks with a hook that decides which tokens stay, in ascending order."""
+    return tuple(sorted({hook.layer for hook in hooks if hook.call == "plan" and hook.where != "input"}))
 
 
 def check(hooks: Sequence[Hook], info: ModelInfo) -> None:

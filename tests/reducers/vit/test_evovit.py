@@ -33,7 +33,7 @@ def test_tokens_that_wait_come_back_unchanged_behind_the_others():
     tokens, one = tokens_of(6), EvoViT(layers=(1,), layer=0)
     tokens = apply(one.gather(tokens, attended([9, 0.1, 0.5, 0.3, 0.2, 0.4])), tokens)
     before = tokens.x
-    tokens = apply(one.select(tokens, Signals()), tokens)
+    tokens = apply(one.plan(tokens, Signals()), tokens)
     np.testing.assert_array_equal(tokens.position, [[0, 2, 5]])
     np.testing.assert_array_equal(tokens.origin, [[0, 3, 1, 3, 3, 2]])
     tokens = tokens.replace(x=tokens.x + 1)  # what the blocks between would do
@@ -57,24 +57,24 @@ def test_attention_is_gathered_over_the_blocks_from_the_one_before_the_first_sel
 def test_stages_select_once_and_give_back_once():
     expected = [
         (3, "gather"),
-        (4, "select"),
+        (4, "plan"),
         (4, "gather"),
         (5, "gather"),
         (6, "gather"),
         (7, "gather"),
         (7, "restore"),
     ]
-    assert layout(EvoViT()) == [*expected, (8, "select")]
+    assert layout(EvoViT()) == [*expected, (8, "plan")]
     mean = ModelInfo(depth=12, width=8, heads=2, length=17, prefix=1, pooling="mean")
-    assert layout(EvoViT(), mean) == [*expected, (8, "select"), (11, "restore")]
+    assert layout(EvoViT(), mean) == [*expected, (8, "plan"), (11, "restore")]
     assert layout(EvoViT(restore_last=False), mean) == layout(EvoViT())
 
 
 def test_layer_wise_every_block_selects_and_gives_back():
     hooks = EvoViT(stage_wise=False).hooks(INFO)
-    assert [h.layer for h in hooks if h.call == "select"] == list(range(4, 12))
+    assert [h.layer for h in hooks if h.call == "plan"] == list(range(4, 12))
     assert [h.layer for h in hooks if h.call == "restore"] == list(range(4, 11))
-    assert [h.call for h in at(hooks, "before_block", 5)] == ["select"]
+    assert [h.call for h in at(hooks, "before_block", 5)] == ["plan"]
 
 
 def test_keeping_all_does_nothing():
@@ -98,6 +98,6 @@ def test_settings_that_cannot_be(settings, message):
 def test_another_reducer_in_between_is_refused():
     tokens = tokens_of(6).replace(carry={evovit.GLOBAL: jnp.ones((1, 9))})
     with pytest.raises(ValueError, match=r"is of 9 patches, here are 5: no other reducer"):
-        EvoViT(layers=(1,), layer=1).select(tokens, Signals())
+        EvoViT(layers=(1,), layer=1).plan(tokens, Signals())
     with pytest.raises(ValueError, match="the block before must gather it"):
-        EvoViT().select(tokens_of(6), Signals())
+        EvoViT().plan(tokens_of(6), Signals())

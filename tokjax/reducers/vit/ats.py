@@ -24,6 +24,8 @@ Where we decide:
 - The official normalisation subtracts the smallest cumulative sum: zero as soon as a row has an empty slot, else the
   least significant token's own, which therefore never stays in a full row. This is followed, so that the law of padding
   holds for the benchmark variant only.
+- Behind another reducer the number of samples is still a share of the patches at the input, which a hook notes there;
+  a `plan` without that note counts the patches that it meets.
 - A `capacity` below the number of samples drops the least significant of the surplus; `aux` has `sampled`, the tokens
   that stay, and `overflow`, those that found no slot.
 - Without CLS the norm is taken over all heads in both variants.
@@ -182,4 +184,4 @@ class ATS(Tabled):
         first = jnp.ones((tokens.batch, p), bool)
         valid = jnp.concatenate([first, jnp.arange(slots) < stays[:, None]], 1)
         aux = {"sampled": stays, "overflow": found - stays}
-        return Plan(keep, how="keep", valid=valid, carry={"patches": own}, aux=aux)
+        return Plan(keep, how="keep", valid=valid, aux=aux)

@@ -19,14 +19,17 @@ Where we follow the code against the text:
 - Behind a recovery the last tokens of the sequence are cached ones, and these are cached as carriers from then on; the
   mean stays one over the tokens that the reduction left, without those that came back.
 - Carriers and what came back are reduced like patches (the published DPC-KNN alone sets them aside); only CLS, here
-  the whole prefix, is not.
+  the whole prefix, is not. Two reducers go by the places of the patches: a radial pattern leaves alone what has no
+  place, and in a graph (GTP) it has no edges.
 - Counts of the reducer inside are those of the published code: EViT and Top-K keep a share of the tokens at hand, ToMe
-  goes down to int(patches * keep_rate**(j+1)) patches at location j.
+  (and what else has a number to remove: GTP) goes down to int(patches * keep_rate**(j+1)) patches at location j.
 
 Where we decide:
 - A carrier and its position vector are one parameter, drawn like a position vector; published training starts it as
   a copy of CLS.
+- Where a reducer leaves out tokens between two recoveries, the mean is one over all that it left from then on.
 - An empty cache (nothing was cached before the first reduction) brings nothing back; the published code fails.
+- What came back counts in the mean that DynamicViT's predictor takes; the published code leaves it out when it prunes.
 - Running statistics of the batch norms are read, not updated: `Head.moments` has what a training step needs.
 - Without prefix tokens the mean over all tokens stands for CLS. Padded rows take means over valid tokens.
 """
@@ -41,11 +44,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from tokjax import schedules
-from tokjax.hooks import Hook, Logits, ModelInfo, Reducer
+from tokjax.hooks import Hook, Logits, ModelInfo, Reducer, reducing
+from tokjax.reducers.vit.mergers import layer_norm
+from tokjax.reducers.vit.staged import NOTING
 from tokjax.signals import Signals
 from tokjax.token_map import Plan, rows
 from tokjax.tokens import Tokens, concat
 
+ALONE = {
+    "clca": "has a cache of its own",
+    "evovit": "brings back itself what it sets aside, and nothing may change the tokens in between",
+    "tomesd": "merges on a whole grid and gives back all that it merges",
+}
 Moments = tuple[Float[Array, "C"], Float[Array, "C"]]
 
 
@@ -96,6 +106,24 @@ class Head(nnx.Module):
         return mixed.reshape(x.shape[0], -1)
 
 
+class OlderHead(nnx.Module):
+    """The head of the published code with `expand=0`: one linear mixture of all depths, ReLU, layer norm, linear."""
+
+    def __init__(self, width: int, depths: int, classes: int, *, rngs: nnx.Rngs):
+        self.over_depth = nnx.Linear(depths, 1, dtype=jnp.float32, precision="highest", rngs=rngs)
+        self.norm = layer_norm(width, 1e-5, rngs)
+        self.out = nnx.Linear(width, classes, dtype=jnp.float32, rngs=rngs)
+
+    def __call__(self, cls: Float[Array, "B C T"]) -> Float[Array, "B K"]:
+        return self.out(self.norm(jax.nn.relu(self.over_depth(cls)[..., 0])))
+
+
+def classifier(info: ModelInfo, depths: int, expand: int, rngs: nnx.Rngs) -> Head | OlderHead:
+    if expand:
+        return Head(info.width, depths, info.classes, expand, rngs=rngs)
+    return OlderHead(info.width, depths, info.classes, rngs=rngs)
+
+
 @dataclasses.dataclass(frozen=True)
 class Cache:
     """What happens behind one block.
@@ -107,6 +135,7 @@ class Cache:
             recover.
         gap: whether the mean of the patches is cached.
         carriers: tokens at the end that are cached.
+        pool_cls: whether the mean is one over the prefix too.
     """
 
     recover: bool
@@ -114,6 +143,7 @@ class Cache:
     behind: int
     gap: bool
     carriers: int
+    pool_cls: bool = False
 
     def plan(self, tokens: Tokens, signals: Signals) -> Plan | None:
         cached, append, behind = tokens.carry.get("clca"), None, self.behind
@@ -125,7 +155,7 @@ class Cache:
             return Plan(append=append, carry={"clca": None}) if self.recover else None
         parts = [] if cached is None else [cached]
         if self.gap:
-            parts.append(mean(tokens, slice(tokens.prefix, tokens.length - behind)))
+            parts.append(mean(tokens, slice(0 if self.pool_cls else tokens.prefix, tokens.length - behind)))
         if self.carriers:
             parts.append(last(tokens, self.carriers))
         return Plan(append=append, carry={"clca": jnp.concatenate(parts, 1)})
@@ -158,19 +188,22 @@ class CLCA(nnx.Module):
         reducer: registered name of what reduces; None: nothing does, the cache only adds tokens.
         keep_rate: of the reducer inside, if it has one; ToMe's counts follow from it.
         layers: where the reducer inside reduces and the cache comes back; None: three evenly spread blocks (the
-            paper's 3, 6, 9 of 12), or all of those where a reducer with its own `settings` reduces.
+            paper's 3, 6, 9 of 12), or those where the reducer inside reduces if its `settings` say how much.
         settings: of the reducer inside, beside or in place of keep_rate and layers.
         cache: whether there is a cache.
         gap: whether the mean of the patches is cached.
+        pool_cls: whether this mean is one over CLS (the prefix) too.
+        pool_clr: whether it is one over the carriers too, up to the first recovery (behind it they count as patches).
         num_clr: number of carriers; the paper's commands have 1.
         recover_at_last: whether the cache comes back after block L - 2 too.
         head: whether CLS at several depths is classified in place of the model's head; None: where there are classes.
-        expand: channels of the head for every channel of the model.
+        expand: channels of the head for every channel of the model; 0: the older head of the published code, a linear
+            mixture of the depths without batch norms.
         seed: of the parameters.
 
     Raises:
-        ValueError: a cache with nothing in it, carriers without a cache, a head for a model without classes, or
-            settings that the reducer inside refuses.
+        ValueError: a cache with nothing in it, carriers without a cache, a head for a model without classes, a reducer
+            that takes no cache, or settings that it refuses.
     """
 
     def __init__(
@@ -183,6 +216,8 @@ class CLCA(nnx.Module):
         settings: Mapping[str, Any] | None = None,
         cache: bool = True,
         gap: bool = True,
+        pool_cls: bool = False,
+        pool_clr: bool = False,
         num_clr: int = 0,
         recover_at_last: bool = True,
         head: bool | None = None,
@@ -196,35 +231,38 @@ class CLCA(nnx.Module):
         head = info.classes > 0 if head is None else head
         if head and not info.classes:
             raise ValueError("head=True: needs a model with classes; this one gives features")
-        if expand < 1:
-            raise ValueError(f"expand={expand}: must be at least 1")
+        if expand < 0:
+            raise ValueError(f"expand={expand}: must be at least 0")
+        if reducer in ALONE and cache:
+            raise ValueError(f"reducer={reducer!r}: {ALONE[reducer]}; only cache=False goes with it")
         self.inner = None if reducer is None else inside(info, reducer, keep_rate, layers, settings or {})
-        if self.inner is None or layers is not None:
-            self.layers = schedules.at_layers(layers, info.depth)
-        else:
-            reducing = {hook.layer for hook in self.inner.hooks(info)}
-            self.layers = tuple(sorted(reducing)) or schedules.at_layers(None, info.depth)
+        reduced = () if self.inner is None else reducing(self.inner.hooks(info))
+        self.layers = schedules.at_layers((reduced or None) if layers is None else layers, info.depth)
         self.cache, self.gap, self.num_clr, self.recover_at_last = cache, gap, num_clr, recover_at_last
+        self.pool_cls, self.pool_clr = pool_cls, pool_clr
         self.depths = tuple(sorted({*self.layers, info.depth - 1}))  # where the head reads
         rngs = nnx.Rngs(seed)
         if num_clr:
             self.clr = nnx.Param(0.02 * jax.random.normal(rngs.params(), (1, num_clr, info.width)))
-        self.head = Head(info.width, len(self.depths), info.classes, expand, rngs=rngs) if head else None
+        self.head = classifier(info, len(self.depths), expand, rngs) if head else None
 
     def hooks(self, info: ModelInfo) -> list[Hook]:
         """Those of the reducer inside, and behind every block its cache."""
-        hooks = [Hook("input", 0, self, "carriers")] if self.num_clr else []
-        hooks += [] if self.inner is None else self.inner.hooks(info)
+        hooks = [] if self.inner is None else self.inner.hooks(info)
+        if self.num_clr:  # carriers are no patches, to no reducer
+            hooks += [NOTING, Hook("input", 0, self, "carriers")]
         if self.cache:
             hooks += self._caches(info)
         return [*hooks, Hook("readout", 0, self, "readout")] if self.head is not None else hooks
 
     def _caches(self, info: ModelInfo) -> list[Hook]:
         recover = {*self.layers, max(info.depth - 2, 0)} if self.recover_at_last else set(self.layers)
-        hooks, behind, cached = [], self.num_clr, 0
+        reduced = () if self.inner is None else reducing(self.inner.hooks(info))
+        hooks, behind, cached = [], 0 if self.pool_clr else self.num_clr, 0
         for layer in range(max(recover) + 1):
-            store = layer < max(recover)
-            hooks.append(Hook("after_block", layer, Cache(layer in recover, store, behind, self.gap, self.num_clr)))
+            store, behind = layer < max(recover), 0 if layer in reduced else behind
+            one = Cache(layer in recover, store, behind, self.gap, self.num_clr, self.pool_cls)
+            hooks.append(Hook("after_block", layer, one))
             if layer in recover:
                 behind, cached = cached, 0
             cached += store * (self.gap + self.num_clr)
@@ -256,15 +294,19 @@ def inside(
     """
     from tokjax import reducers  # the registry knows this file
 
-    settings, known = dict(given), reducers.settings_of(name)
-    if "r" in known:
-        settings.setdefault("r", removed(info, keep_rate, schedules.at_layers(layers, info.depth)))
-    elif "keep_rate" in known:
-        settings.setdefault("keep_rate", keep_rate)
-    elif not settings:
-        raise ValueError(f"reducer={name!r}: has no keep_rate; give its settings")
-    if layers is not None and "layers" in known and "r" not in known:
-        settings.setdefault("layers", layers)
+    settings, knob, where = dict(given), reducers.entry(name).knob.field, layers
+    if knob not in given:
+        where = schedules.at_layers(layers, info.depth)
+        if knob in ("r", "propagated"):
+            settings[knob], where = removed(info, keep_rate, where), None
+        elif knob == "keep_rate":
+            settings[knob] = keep_rate
+        elif not given:
+            raise ValueError(f"reducer={name!r}: has no keep_rate; give its settings")
+        else:
+            where = layers
+    if where is not None and "layers" in reducers.settings_of(name):
+        settings.setdefault("layers", where)
     return reducers.create(name, info, **settings)
 
 

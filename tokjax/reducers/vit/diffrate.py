@@ -35,7 +35,7 @@ from jaxtyping import Array, Float, Int
 import numpy as np
 
 from tokjax.hooks import Hook, ModelInfo
-from tokjax.reducers.vit.staged import input_patches, ranked
+from tokjax.reducers.vit.staged import input_patches, noting, ranked
 from tokjax.reducers.vit.tome import proposals, similarity, unit
 from tokjax.signals import Signals, importance
 from tokjax.token_map import HardMap, Plan, rows
@@ -179,7 +179,7 @@ class DiffRate:
             raise ValueError(f"min_size={self.min_size}: must be above 0")
 
     def hooks(self, info: ModelInfo) -> list[Hook]:
-        """One hook for every block that leaves something out."""
+        """One hook for every block that leaves something out; shares are of the patches noted at the input."""
         if self.prune_kept is not None or self.merge_kept is not None:
             return self._given(info)
         left, patches, hooks = 1.0, info.length - info.prefix, []
@@ -188,7 +188,7 @@ class DiffRate:
                 one = dataclasses.replace(self, rates=None, strength=1.0, shares=pair, patches=patches)
                 hooks.append(Hook("after_attention", layer, one))
                 left = pair[1]
-        return hooks
+        return noting(hooks)
 
     def _given(self, info: ModelInfo) -> list[Hook]:
         def per_block(name: str) -> tuple[int, ...]:
@@ -226,7 +226,6 @@ class DiffRate:
         patches = n - p if self.patches is None else self.patches
         prefix = jnp.broadcast_to(jnp.arange(p), (batch, p))
         until, left = (min(count, n - p) for count in self.counts(patches, p))
-        carry = None
         if tokens.valid is None:
             if left >= n - p:
                 return None
@@ -238,9 +237,7 @@ class DiffRate:
             most = int(np.diff(-table).max())  # that may merge
             if self.shares is None and left >= n - p:
                 return None
-            inputs, here = input_patches(tokens), tokens.count()[:, None] - p
-            carry = {"patches": inputs}
-            own = jnp.minimum(jnp.asarray(table)[inputs], here)
+            own = jnp.minimum(jnp.asarray(table)[input_patches(tokens)], tokens.count()[:, None] - p)
             until_, left_ = own[:, :1], own[:, 1:]
             order = ranked(tokens, importance(tokens, signals), left_[:, 0])
             keep = jnp.where(jnp.arange(left) < left_, order[:, :left], n)
@@ -248,7 +245,7 @@ class DiffRate:
             place = left_ + jnp.arange(most)
             tail = jnp.where(place < until_, rows(order, place, fill=n), n)
         if tail.shape[1] == 0:
-            return Plan(HardMap(keep, tail, tail, n), how="keep", carry=carry)
+            return Plan(HardMap(keep, tail, tail, n), how="keep")
         merge, similar = match(tokens.x, keep, tail, p)  # step 4: what was not pruned merges
         size = merge.replace(weight=similar) if self.sizes == "similarity" else merge
-        return Plan(merge, size=size, how="mean", least=self.min_size, carry=carry)
+        return Plan(merge, size=size, how="mean", least=self.min_size)

@@ -33,7 +33,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from tokjax.reducers.vit.staged import Tabled, drawn, input_patches
+from tokjax.reducers.vit.staged import Tabled, drawn
 from tokjax.signals import Signals
 from tokjax.token_map import HardMap, Plan, behind_prefix, rows
 from tokjax.tokens import Tokens
@@ -157,5 +157,4 @@ class DPCKNN(Tabled):
             size=found if tracked else None,
             how=self.how,
             proportional=self.proportional if tracked else None,
-            carry=None if counts is None else {"patches": input_patches(tokens)},
         )

@@ -32,7 +32,7 @@ from jaxtyping import Array, Float
 
 from tokjax.hooks import Hook, ModelInfo
 from tokjax.reducers.vit.mergers import layer_norm, linear, locations
-from tokjax.reducers.vit.staged import Tabled, input_patches, ranked, select
+from tokjax.reducers.vit.staged import Tabled, drawn, noting, ranked, select
 from tokjax.signals import Signals
 from tokjax.token_map import Plan
 from tokjax.tokens import Tokens
@@ -71,6 +71,17 @@ def keep_decision(
     return (hard + soft - jax.lax.stop_gradient(soft)) * previous
 
 
+def decision(tokens: Tokens) -> Float[Array, "B n"]:
+    """The last decision; what was put behind the tokens since then (caches) is kept."""
+    told: Array = tokens.carry[DECISION]
+    return jnp.pad(told, ((0, 0), (0, tokens.length - tokens.prefix - told.shape[1])), constant_values=1)
+
+
+def gumbel_pairs(key: Array, shape: tuple[int, ...]) -> Float[Array, "N 2"]:
+    """Standard Gumbel noise, for keeping and for dropping each token."""
+    return jax.random.gumbel(key, (*shape, 2))
+
+
 class Pruner(nnx.Module):
     """One location."""
 
@@ -90,23 +101,21 @@ class Pruner(nnx.Module):
         score = jax.lax.stop_gradient(self.predictor(*self._patches(tokens))[..., 0])
         counts = None if tokens.valid is None else self.schedule.row_counts(tokens)
         order = ranked(tokens, jnp.pad(score, ((0, 0), (p, 0))), counts)
-        carry = None if counts is None else {"patches": input_patches(tokens)}
-        return Plan(select(tokens, order[:, :k], counts), how="keep", carry=carry)
+        return Plan(select(tokens, order[:, :k], counts), how="keep")
 
     def decide(self, tokens: Tokens, signals: Signals, noise: Float[Array, "B n 2"] | None = None) -> Plan:
-        """The masking form; `noise`: standard Gumbel, drawn for every row where it is not given."""
+        """The masking form; `noise`: standard Gumbel, where it is not given that of a row's own tokens (`drawn`)."""
         z, inside = self._patches(tokens)
-        previous = tokens.carry.get(DECISION, inside)
+        previous = decision(tokens) if DECISION in tokens.carry else inside
         if noise is None:
-            keys = signals.context.row_keys(tokens.batch, self.layer)
-            noise = jax.vmap(lambda key: jax.random.gumbel(key, (z.shape[1], 2)))(keys)
+            noise = drawn(tokens, signals, self.layer, 0, gumbel_pairs)[:, tokens.prefix :]
         logprob = self.predictor(z, previous)
-        decision = keep_decision(logprob, noise, previous)
-        return Plan(carry={DECISION: decision}, aux={"logprob": logprob, "decision": decision})
+        kept = keep_decision(logprob, noise, previous)
+        return Plan(carry={DECISION: kept}, aux={"logprob": logprob, "decision": kept})
 
     def attend(self, tokens: Tokens, signals: Signals) -> Signals:
         """The policy softmax of the last decision."""
-        policy = jnp.pad(tokens.carry[DECISION], ((0, 0), (tokens.prefix, 0)), constant_values=1)
+        policy = jnp.pad(decision(tokens), ((0, 0), (tokens.prefix, 0)), constant_values=1)
         return signals.replace(policy=policy, rule=dataclasses.replace(signals.rule, normaliser="policy"))
 
 
@@ -140,7 +149,7 @@ class DynamicViT(nnx.Module):
         if info.width != self.width:
             raise ValueError(f"width={info.width}: these parameters were made for width={self.width}")
         if not self.masked:
-            return [Hook("before_block", stage.layer, stage) for stage in self.stages]
+            return noting([Hook("before_block", stage.layer, stage) for stage in self.stages])
         hooks = [Hook("before_block", stage.layer, stage, "decide") for stage in self.stages]
         if hooks:
             first = self.stages[0]

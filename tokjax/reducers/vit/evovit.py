@@ -78,7 +78,7 @@ class EvoViT:
         for layer in range(max(starts[0] - 1, 0), info.depth):
             one = dataclasses.replace(self, layers=(starts[0],), layer=layer)
             if layer in starts:
-                hooks.append(Hook("before_block", layer, one, "select"))
+                hooks.append(Hook("before_block", layer, one))
             if layer < starts[-1]:
                 hooks.append(Hook("after_attention", layer, one, "gather"))
             if layer in ends:
@@ -105,7 +105,7 @@ class EvoViT:
             seen = (1 - self.tradeoff) * before + self.tradeoff * seen
         return Plan(carry={GLOBAL: seen})
 
-    def select(self, tokens: Tokens, signals: Signals) -> Plan | None:
+    def plan(self, tokens: Tokens, signals: Signals) -> Plan | None:
         """Step 2, before a block."""
         n, p = tokens.length - tokens.prefix, tokens.prefix
         most = min(self.count(n), n)

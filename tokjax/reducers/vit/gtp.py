@@ -31,6 +31,7 @@ Where we decide:
 - A token without any edge gets weights of zero; in the code it gets NaN.
 - Grids need not be square, and the whole prefix is protected (the code takes a distillation token for a patch).
 - Scores are compared to 16 bits, so that rounding does not break ties, which go to the lower index; sorts are stable.
+- Tokens that others put behind the patches (CLCA's caches) have no edges.
 - A block leaves at least one patch. Padded rows propagate P tokens of their own; padding has no edges.
 - The code draws one score too few for random selection without a class token; here every token gets one, of its row.
 """
@@ -343,10 +344,12 @@ class GTP:
 
     def _spread(self, tokens: Tokens, keep: Int[Array, "B M"], left: Int[Array, "B P"]) -> Plan:
         carry, p = tokens.carry.get("gtp"), tokens.prefix
-        if carry is None or carry["row"].shape[1] != tokens.length - p:
+        if carry is None or carry["row"].shape[1] > tokens.length - p:
             raise ValueError("tokens.carry['gtp'] does not fit: apply `graph` at the input; nothing else may reduce")
         graph, size = carry["graph"], carry["graph"].shape[-1]
-        receiver, sender = (rows(carry["row"], index, fill=size) for index in (keep[:, p:] - p, left - p))
+        beside = tokens.length - p - carry["row"].shape[1]
+        row = jnp.pad(carry["row"], ((0, 0), (0, beside)), constant_values=size)  # in no row of the graph: no edges
+        receiver, sender = (rows(row, index, fill=size) for index in (keep[:, p:] - p, left - p))
 
         def between(graph, i, j):
             return graph.at[i[:, None], j].get(mode="fill", fill_value=0)

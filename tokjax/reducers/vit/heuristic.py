@@ -12,6 +12,7 @@ Every patch has a distance (l1, l2 or linf) from the middle; block i keeps those
 Where we decide: the published code masks attention from and to the patches outside and keeps them in the sequence.
 Radii never grow, so that no later token sees them again: here they leave, which gives the same CLS token. A mean over
 patches is one over those inside.
+Tokens that others put behind the patches (CLCA's caches) have no distance and stay.
 Where we follow the code: coordinates run from (-n) // 2 to n // 2, which is off the middle for an odd n.
 """
 
@@ -117,7 +118,7 @@ class Heuristic(Tabled):
             floor = float(distance.min())  # somebody stays
             wanted = [(layer, max(float(fall[layer]), floor)) for layer in range(info.depth)]
         else:
-            located = super().hooks(info)
+            located = self.located(info)
             targets = [hook.reducer.count(distance.size) for hook in located]
             wanted = list(zip([hook.layer for hook in located], subset_radii(distance, targets), strict=True))
         shrinks, left = [], distance.size
@@ -132,12 +133,13 @@ class Heuristic(Tabled):
         grid, n = signals.context.grid, tokens.length - tokens.prefix
         distance = np.zeros(0) if grid is None else radial_distance(grid, self.metric).reshape(-1)
         there = distance[distance <= self.inside]
-        if tokens.valid is not None or len(there) != n:
+        if tokens.valid is not None or grid is None or len(there) > n:
             raise ValueError(
                 f"tokens: a radial pattern needs the {len(there)} patches of grid {grid} that it left, without a valid "
                 f"mask; here are {n}"
             )
         chosen = np.flatnonzero(there <= self.radius)
-        if len(chosen) == n:
+        if len(chosen) == len(there):
             return None
+        chosen = np.concatenate([chosen, np.arange(len(there), n)])
         return Plan(select(tokens, jnp.broadcast_to(chosen + tokens.prefix, (tokens.batch, len(chosen)))), how="keep")

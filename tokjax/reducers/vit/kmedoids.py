@@ -121,7 +121,7 @@ class KMedoids(Tabled):
                 return Hook("after_block", hook.layer - 1, hook.reducer)
             return dataclasses.replace(hook, reducer=dataclasses.replace(hook.reducer, start="farthest"))
 
-        return [moved(hook) for hook in super().hooks(info)]
+        return [moved(hook) for hook in self.located(info)]
 
     def plan(self, tokens: Tokens, signals: Signals) -> Plan | None:
         p, n, k = tokens.prefix, tokens.length - tokens.prefix, self.most(tokens)

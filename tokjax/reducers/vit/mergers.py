@@ -57,7 +57,7 @@ def locations(
 ) -> list[Hook]:
     """Where tokens leave, and how many (`Tabled`), from settings that may be lists."""
     layers = None if layers is None else tuple(layers)
-    return Tabled(keep_rate, layers, tuple(kept) if isinstance(kept, Sequence) else kept).hooks(info)
+    return Tabled(keep_rate, layers, tuple(kept) if isinstance(kept, Sequence) else kept).located(info)
 
 
 class Mergers(nnx.Module):

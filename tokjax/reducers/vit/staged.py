@@ -15,7 +15,7 @@ import numpy as np
 from tokjax import schedules
 from tokjax.hooks import Hook, ModelInfo, Where
 from tokjax.signals import Signals
-from tokjax.token_map import HardMap, rows
+from tokjax.token_map import HardMap, Plan, rows
 from tokjax.tokens import Tokens
 
 
@@ -73,7 +73,7 @@ class Tabled(Staged):
     """Counts of the "Which Tokens to Use?" benchmark: of the patches at the input, not of those that are left.
 
     Location j keeps int(keep_rate**(j+1) * patches), in double precision, and at least one. In padded rows the patches
-    are each row's own, kept in `tokens.carry["patches"]` from the first location on.
+    are each row's own, which a hook at the input notes in the carry (`InputPatches`).
 
     Attributes:
         location: j, set by `hooks`.
@@ -85,6 +85,10 @@ class Tabled(Staged):
     where: ClassVar[Where] = "before_block"
 
     def hooks(self, info: ModelInfo) -> list[Hook]:
+        """The note of the patches at the input, and one hook a location."""
+        return noting(self.located(info))
+
+    def located(self, info: ModelInfo) -> list[Hook]:
         """One hook a location; none where nothing would go."""
         layers, patches = schedules.at_layers(self.layers, info.depth), info.length - info.prefix
         if isinstance(self.kept, tuple) and len(self.kept) != len(layers):
@@ -121,9 +125,26 @@ def tabled(keep_rate: float, kept: int | tuple[int, ...] | None, patches: int, l
     return min(kept[location] if isinstance(kept, tuple) else kept, patches)
 
 
+@dataclasses.dataclass(frozen=True)
+class InputPatches:
+    """Notes how many patches every row has, at the input: later on, other reducers may have changed the tokens."""
+
+    def plan(self, tokens: Tokens, signals: Signals) -> Plan | None:
+        return None if NOTE in tokens.carry else Plan(carry={NOTE: tokens.count() - tokens.prefix})
+
+
+NOTE = "patches"
+NOTING = Hook("input", 0, InputPatches())
+
+
+def noting(hooks: list[Hook]) -> list[Hook]:
+    """Hooks of a reducer that reads `input_patches`, with the one that notes them."""
+    return [NOTING, *hooks] if hooks else []
+
+
 def input_patches(tokens: Tokens) -> Int[Array, "B"]:
-    """Valid tokens behind the prefix when the first location met them; a plan puts them in its carry."""
-    return tokens.carry.get("patches", tokens.count() - tokens.prefix)
+    """Valid tokens behind the prefix that every row had at the input; has now, where nothing was noted there."""
+    return tokens.carry.get(NOTE, tokens.count() - tokens.prefix)
 
 
 def ranked(tokens: Tokens, score: Float[Array, "B N"], counts: Int[Array, "B"] | None = None) -> Int[Array, "B P"]:
