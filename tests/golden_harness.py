@@ -5,9 +5,9 @@ A folder of vectors `<root>/<folder>/*.npz` has one adapter, `golden_adapters/<f
 - `INPUTS`: a tuple of name patterns (`fnmatch`, case-sensitive): the arrays that `run` gets as values;
 - `run(case, arrays)`: the path of the file and its arrays, values for inputs and only a `jax.ShapeDtypeStruct` for all
   others, so that no answer can be copied; it returns our arrays by the names of the golden ones;
-- `TOLERANCE` (optional): pattern -> (rtol, atol), the first match counts. Without a match floats are compared exactly
-  too. A relative tolerance says nothing about indices and counts: of whole numbers only `atol` counts, of booleans and
-  strings nothing;
+- `TOLERANCE` (optional): pattern -> (rtol, atol), the first match counts; a pattern with a slash is one of
+  `<case>/<array>`, for the arrays of some cases only. Without a match floats are compared exactly too. A relative
+  tolerance says nothing about indices and counts: of whole numbers only `atol` counts, of booleans and strings nothing;
 - `COMPARE` (optional): pattern -> function of the inputs that gives a boolean mask, broadcastable to the array, of the
   elements to compare, where the source leaves the others undefined. The share compared is printed;
 - `EXCUSED` (optional): pattern -> the reason why such arrays are not compared.
@@ -26,6 +26,8 @@ from typing import Any
 
 import jax
 import numpy as np
+
+Tolerance = tuple[float, float]  # rtol, atol
 
 
 class GoldenError(AssertionError):
@@ -123,7 +125,8 @@ def check_case(case: Path, adapter: Any) -> Report:
         if name in inputs:
             continue
         if name in returned:
-            share, wrong = _compare(name, np.asarray(returned[name]), want, adapter, inputs)
+            tolerance = _tolerance(case.stem, name, adapter)
+            share, wrong = _compare(name, np.asarray(returned[name]), want, adapter, inputs, tolerance)
             compared[name] = share
             problems += [f"{name}: {text}" for text in wrong]
         elif (reason := _first(name, getattr(adapter, "EXCUSED", {}))) is not None:
@@ -136,8 +139,15 @@ def check_case(case: Path, adapter: Any) -> Report:
     return Report(tuple(inputs), compared, excused)
 
 
+def _tolerance(case: str, name: str, adapter: Any) -> Tolerance:
+    for pattern, tolerance in getattr(adapter, "TOLERANCE", {}).items():
+        if fnmatchcase(f"{case}/{name}" if "/" in pattern else name, pattern):
+            return tolerance
+    return 0.0, 0.0
+
+
 def _compare(
-    name: str, got: np.ndarray, want: np.ndarray, adapter: Any, inputs: Mapping[str, Any]
+    name: str, got: np.ndarray, want: np.ndarray, adapter: Any, inputs: Mapping[str, Any], tolerance: Tolerance
 ) -> tuple[float, list[str]]:
     """The share of the elements that was compared, and what is wrong."""
     if got.shape != want.shape:
@@ -153,7 +163,7 @@ def _compare(
             return 0.0, [f"its COMPARE mask of shape {chosen.shape} does not broadcast to {want.shape}"]
         if not mask.any():
             return 0.0, ["its COMPARE mask selects nothing"]
-    rtol, atol = _first(name, getattr(adapter, "TOLERANCE", {})) or (0.0, 0.0)
+    rtol, atol = tolerance
     wrong = mask & ~_close(got, want, rtol, atol)
     share = float(mask.mean()) if mask.size else 1.0
     if not wrong.any():

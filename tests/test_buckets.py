@@ -93,6 +93,21 @@ def test_packing_leaves_fewer_slots_empty():
     assert shared.used[-1] == shared.counts[-1].sum()
 
 
+def test_counts_of_the_input_go_along_with_their_rows():
+    cfg = dataclasses.replace(CFG, depth=6)
+    made, rng = tokjax.build(cfg), np.random.default_rng(0)
+    made = made.with_params(jax.tree.map(lambda x: x + rng.normal(0, 0.2, x.shape).astype(np.float32), made.params))
+    masked, x = tokjax.reduce(made, "ats", keep_rate=0.7, layers=(1, 3)), images(6)
+    logits, usage = buckets.Bucketed(masked, rows=3).run(x)
+    np.testing.assert_allclose(logits, masked(x), atol=2e-5)
+    assert len(usage.counts) == 2 and usage.slots[-1] < usage.slots[0]
+
+
+def test_state_of_tokens_cannot_be_regrouped():
+    with pytest.raises(ValueError, match=r"carry=\['gtp'\]: state of tokens between blocks"):
+        buckets.Bucketed(tokjax.reduce(model(), "gtp", propagated=2), rows=4)(images(4))
+
+
 def test_rows_draw_the_same_in_every_group():
     masked, x = model(draws=True), images()
     for key in (None, jax.random.key(3)):

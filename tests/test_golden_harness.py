@@ -131,6 +131,13 @@ def test_first_tolerance_that_matches_counts(case):
     check_case(case, off)
 
 
+def test_a_tolerance_may_be_that_of_some_cases_only(case):
+    off = adapter(changed(out_double=X * 2 + 0.1), TOLERANCE={"sm*/out.double": (0, 0.2), "*": (0, 0.01)})
+    check_case(case, off)
+    off.TOLERANCE = {"large*/out.double": (0, 0.2), "*": (0, 0.01)}
+    fails(case, off, "rtol 0, atol 0.01")
+
+
 @pytest.mark.parametrize("tolerance", [(1e-3,), 1e-3, (-1, 0), (float("nan"), 0), (0, float("inf"))])
 def test_malformed_tolerance_is_rejected(tolerance):
     with pytest.raises(GoldenError, match="TOLERANCE"):

@@ -17,6 +17,7 @@ from tokjax.token_map import (
     apply_form,
     behind_prefix,
     compose,
+    first_true,
     identity,
     restore,
     rows,
@@ -396,3 +397,9 @@ def test_restore_refuses():
         restore(x, origin, GRID, fill="mean")
     with pytest.raises(ValueError, match=r"grid=\(4, 4\): with prefix=0 does not hold the 15"):
         restore(x, origin, (4, 4))
+
+
+@pytest.mark.parametrize("axis", [-1, 0, 1])
+def test_the_first_hit_is_found(axis):
+    x = np.random.default_rng(0).integers(0, 4, (3, 5, 4))
+    np.testing.assert_array_equal(first_true(jnp.asarray(x == x.max(axis, keepdims=True)), axis), x.argmax(axis))

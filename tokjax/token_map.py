@@ -52,6 +52,17 @@ def rows(x: Array, index: Int[Array, "B M"], fill=0) -> Array:
     return jax.vmap(lambda row, i: row.at[i].get(mode="fill", fill_value=fill))(x, index)
 
 
+def first_true(hits: Bool[Array, "*n"], axis: int = -1) -> Int[Array, "*m"]:
+    """Index of the first hit along an axis, the last index without any.
+
+    Of `x == x.max()` that is argmax, as two plain reductions: XLA's own, over pairs, is not vectorised on CPU and takes
+    five times as long.
+    """
+    place = jnp.arange(hits.shape[axis], dtype=jnp.float32)
+    place = jnp.expand_dims(place, tuple(range(1, -axis if axis < 0 else hits.ndim - axis)))
+    return jnp.where(hits, place, hits.shape[axis] - 1).min(axis).astype(jnp.int32)
+
+
 class HardMap(struct.PyTreeNode):
     """Keep some tokens, in this order, and add others into their slots; what is in neither list is dropped.
 

@@ -1,20 +1,17 @@
 """CLCA: tiny models with a cache around EViT, Top-K, ToMe and nothing, and the head that reads several depths."""
 
 import dataclasses
-from pathlib import Path
-import runpy
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import torch_params
 
 from tokjax.hooks import Hook
-from tokjax.models.vit import ViT, ViTConfig
+from tokjax.models.vit import ViT
 from tokjax.reducers.vit.clca import CLCA
 from tokjax.token_map import Plan
-
-torch_tree = runpy.run_path(str(Path(__file__).with_name("diffrate.py")))["torch_tree"]
 
 INPUTS = ("images", "keep_rate", "reduction_loc", "num_heads", "patch_size", "num_clr", "clc", "cla", "param.*")
 TOLERANCE = {"*": (1e-4, 2e-5)}
@@ -30,16 +27,10 @@ class Probe:
 
 
 def run(case, arrays):
-    params, images = torch_tree(arrays), arrays["images"].transpose(0, 2, 3, 1)
-    depth, carriers = len(params["blocks"]), int(arrays["num_clr"])
-    cfg = ViTConfig(
-        image_size=images.shape[1:3],
-        patch_size=int(arrays["patch_size"]),
-        width=params["pos_embed"].shape[-1],
-        depth=depth,
-        heads=int(arrays["num_heads"]),
-        num_classes=len(params["head"]["bias"]),
-    )
+    cfg, params, images = torch_params.vit(arrays)
+    depth, carriers = cfg.depth, int(arrays["num_clr"])
+    head = torch_params.tree(arrays, "param.ifa_head.").get(0)
+    older = head is not None and "kernel" in head[0]  # it begins with a linear layer, the other one with a norm
     wrapper = CLCA(
         cfg.info,
         reducer=REDUCERS[case.stem.split("_")[0]],
@@ -48,15 +39,15 @@ def run(case, arrays):
         cache=bool(arrays["clc"]),
         num_clr=carriers,
         head=bool(arrays["cla"]),
+        expand=0 if older else 2,
     )
     graphdef, state = nnx.split({"model": nnx.eval_shape(lambda: ViT(cfg, rngs=nnx.Rngs(0))), "clca": wrapper})
     learned = nnx.to_pure_dict(state).get("clca", {})
-    head = params.pop("ifa_head", None)
     if carriers:  # their position vectors stand behind those of the patches
-        learned["clr"] = params.pop("clr") + params["pos_embed"][:, -carriers:]
+        learned["clr"] = jnp.asarray(arrays["param.clr"]) + params["pos_embed"][:, -carriers:]
         params["pos_embed"] = params["pos_embed"][:, :-carriers]
     if head is not None:
-        learned["head"] = classifier(head[0])
+        learned["head"] = {"over_depth": head[0], "norm": head[3], "out": head[4]} if older else classifier(head)
         params["norm"] = {"scale": jnp.ones(cfg.width), "bias": jnp.zeros(cfg.width)}  # nobody reads it
 
     @jax.jit
@@ -73,7 +64,7 @@ def run(case, arrays):
 
     logits, notes, states = forward(params, learned, images)
     ours = {"logits": logits}
-    if head is not None:
+    if head is not None and not older:
         # Where there was a pass in training mode, running statistics are those behind it, and logits those before it.
         ours["logits_train_mode"], moments = read(learned, states, batch=True)
         for name, (mean, var) in zip(("norm1", "norm2"), moments, strict=True):

@@ -7,11 +7,12 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import torch_params
 
 from tokjax.bench.flops import vit_macs
 from tokjax.hooks import Hook
-from tokjax.models.vit import ViT, ViTConfig
-from tokjax.reducers.vit import diffrate
+from tokjax.models.vit import ViT
+from tokjax.reducers.vit import diffrate, tome
 from tokjax.reducers.vit.staged import ranked, select
 from tokjax.signals import cls_attention, importance
 from tokjax.token_map import Plan, apply, source
@@ -41,11 +42,10 @@ def run(case, arrays):
 
 def rate(arrays):
     patches, granularity = int(arrays["patch_number"]), int(arrays["granularity"])
-    chance, counts = jax.nn.softmax(arrays["logits"]), diffrate.candidates(patches, granularity)
     return {
-        "candidates": counts.astype(np.float32),
-        "probs": chance,
-        "expected_kept_patches": chance @ counts,
+        "candidates": diffrate.candidates(patches, granularity).astype(np.float32),
+        "probs": diffrate.chances(arrays["logits"]),
+        "expected_kept_patches": diffrate.expected(arrays["logits"], patches, granularity),
         "kept_tokens_incl_cls": diffrate.searched(arrays["logits"], patches, granularity),
     }
 
@@ -56,7 +56,7 @@ def merge(arrays):
     @jax.jit
     def all_of(x, size):
         place = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
-        merge, similar = diffrate.match(x, place[:, :kept], place[:, kept:], prefix=1)
+        merge, similar = tome.join(x, place[:, :kept], place[:, kept:], prefix=1)
         plan = Plan(merge, size=merge.replace(weight=similar), how="mean")
         out = apply(plan, Tokens(x, size=size, prefix=1).traced())
         return {
@@ -89,19 +89,8 @@ class Probe:
 
 
 def tiny_vit(arrays, pooling):
-    params = torch_tree(arrays)
-    side, depth = int(arrays["patch_size"]), len(arrays["prune_kept"])
-    images = arrays["images"].transpose(0, 2, 3, 1)
-    cfg = ViTConfig(
-        image_size=images.shape[1:3],
-        patch_size=side,
-        width=params["pos_embed"].shape[-1],
-        depth=depth,
-        heads=int(arrays["num_heads"]),
-        num_classes=len(params["head"]["bias"]),
-        pooling=pooling,
-        fc_norm=pooling != "cls",
-    )
+    cfg, params, images = torch_params.vit(arrays, pooling=pooling, fc_norm=pooling != "cls")
+    depth = cfg.depth
     graphdef, _ = nnx.split(nnx.eval_shape(lambda: ViT(cfg, rngs=nnx.Rngs(0))))
     kept = {name: tuple(arrays[name].tolist()) for name in ("prune_kept", "merge_kept")}
     reducing = diffrate.DiffRate(**kept).hooks(cfg.info)
@@ -121,7 +110,9 @@ def tiny_vit(arrays, pooling):
     before = [notes[f"{i:02d}.after_attention.Probe"] for i in range(depth)]
     after = [notes[f"{i:02d}.after_block.Probe"] for i in range(depth)]
     lengths = [[note["x"].shape[1] for note in side] for side in (before, after)]
-    flops = partial(vit_macs, width=cfg.width, patch=side, num_patches=cfg.num_patches, classes=cfg.num_classes)
+    flops = partial(
+        vit_macs, width=cfg.width, patch=cfg.patch_size, num_patches=cfg.num_patches, classes=cfg.num_classes
+    )
     ours = {
         "eval_logits": logits,
         "eval_flops": flops(*lengths, convention="diffrate"),
@@ -139,25 +130,6 @@ def tiny_vit(arrays, pooling):
 def searched(logits, patches, granularity):
     """A block that is never compressed has one candidate."""
     return diffrate.searched(logits, patches, int(granularity) if len(logits) > 1 else patches + 1)
-
-
-def torch_tree(arrays):
-    """Parameters by timm's names and in torch's layouts as a tree of ours."""
-    tree = {}
-    for name, value in arrays.items():
-        first, _, path = name.partition("param.")
-        if first or not path:
-            continue
-        *parents, leaf = (int(part) if part.isdigit() else part for part in path.split("."))
-        here = tree
-        for parent in parents:
-            here = here.setdefault(parent, {})
-        if leaf == "weight":
-            leaf = "kernel" if value.ndim > 1 else "scale"
-            value = value.transpose(2, 3, 1, 0).reshape(-1, len(value)) if value.ndim == 4 else value.T
-        here[leaf] = jnp.asarray(value)
-    embed = tree["patch_embed"].pop("proj")
-    return tree | {"patch_embed": embed}
 
 
 CASES = {

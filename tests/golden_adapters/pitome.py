@@ -115,11 +115,9 @@ def schedule(arrays):
     counts = np.full(arrays["token_counts_padded_minus1"].shape, -1)
     margins = np.full(arrays["margins_f64"].shape, np.nan)
     settings = (arrays[name].tolist() for name in (*INPUTS[-4:], "ratio_f64"))
-    for i, (depth, tokens, base, slope, ratio) in enumerate(zip(*settings, strict=True)):
+    for i, (depth, tokens, base, slope, rate) in enumerate(zip(*settings, strict=True)):
         margins[i, :depth] = pitome.margins(base, slope, depth)
-        counts[i, 0] = tokens
-        for layer in range(depth):
-            counts[i, layer + 1] = counts[i, layer] - pitome.removed(ratio, counts[i, layer].item() - 1)
+        counts[i, : depth + 1] = 1 + np.array(pitome.lengths(rate, tokens - 1, depth))  # with CLS
     return {"token_counts_padded_minus1": counts, "margins_f64": margins}
 
 

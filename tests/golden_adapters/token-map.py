@@ -124,8 +124,8 @@ def zoo(stem, arrays):
             merge = tome.bipartite(tokens.x, int(match[1]), prefix=1)
             ours |= outcome(method, Plan(merge, size=merge), tokens)
         elif match := re.fullmatch(r"pitome_ratio(\d+)_margin(\d+)", method):
-            ratio, margin = (int(number) / 100 for number in match.groups())
-            of = partial(PiToMe, ratio, margin=margin, metric="hidden")
+            rate, margin = (int(number) / 100 for number in match.groups())
+            of = partial(PiToMe, rate, margin=margin, metric="hidden")
             named = {method: of(matching="ordered"), "pitome_bsm": of(matching="bipartite")}
             named["pitome_prune"] = of(matching="ordered", how="prune")
             for kind, reducer in named.items():

@@ -75,11 +75,11 @@ def on_grid(arrays):
 def gates(arrays):
     columns = [arrays[name].tolist() for name in ("latent_h", "latent_w", "tokens", "max_downsample", "ratio_f64")]
     table = []
-    for h, w, tokens, most, ratio in zip(*columns, strict=True):
+    for h, w, tokens, most, rate in zip(*columns, strict=True):
         factor = tomesd.downsampled((h, w), tokens)
         applied = tomesd.gate((h, w), tokens, most) is not None
         down, across = tomesd.gate((h, w), tokens, factor)  # where a block does not reduce it has a grid, too
-        table.append((factor, applied, across, down, tomesd.removed(tokens, ratio)))
+        table.append((factor, applied, across, down, tomesd.removed(rate, tokens)))
     names = ("downsample", "applied", "grid_w", "grid_h", "r")
     return dict(zip(names, np.array(table, np.int64).T, strict=True))
 
@@ -89,7 +89,7 @@ def block(arrays):
     grid, eps = (int(arrays["h"]), int(arrays["w"])), float(arrays["layernorm_eps_f64"])
     n, width = arrays["x"].shape[1:]
     reducer = tomesd.ToMeSD(
-        ratio=float(arrays["ratio_f64"]),
+        merge_rate=float(arrays["ratio_f64"]),
         sx=int(arrays["sx"]),
         sy=int(arrays["sy"]),
         use_rand=not arrays["no_rand"],

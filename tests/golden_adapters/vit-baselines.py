@@ -9,6 +9,7 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import torch_params
 
 from tokjax import schedules, signals
 from tokjax.hooks import Hook
@@ -98,7 +99,7 @@ def pruning_block(arrays):
         tokens, _ = nnx.merge(graphdef, params)(Tokens(x, prefix=1), hooks)
         return tokens.x, tokens.aux["00.after_attention.Noted"]
 
-    out, notes = forward(block_params(arrays), x)
+    out, notes = forward(torch_params.tree(arrays), x)
     k, dest = reducer.count(x.shape[1] - 1), np.asarray(notes["dest"])[:, 1:]
     return {
         "cls_attention": notes["cls"][:, 1:],
@@ -108,23 +109,6 @@ def pruning_block(arrays):
         "x_after_attention": notes["x"],
         "block_output": out,
     }
-
-
-def block_params(arrays):
-    """The parameters of a block as a tree; in the vectors kernels lie transposed under `weight`."""
-    tree = {}
-    for name, value in arrays.items():
-        first, _, path = name.partition("param.")
-        if first or not path:
-            continue
-        *parents, leaf = path.split(".")
-        here = tree
-        for parent in parents:
-            here = here.setdefault(parent, {})
-        if leaf == "weight":
-            leaf = "kernel" if value.ndim == 2 else "scale"
-        here[leaf] = jnp.asarray(value.T)
-    return tree
 
 
 def keep_rate_schedule(arrays):
@@ -182,7 +166,7 @@ def ats_official(arrays):
     width, hidden = x.shape[2], len(arrays["param.mlp.fc1.bias"])
     cfg = ViTConfig(width=width, heads=int(arrays["num_heads"]), mlp_ratio=(hidden + 0.5) / width)
     graphdef, _ = nnx.split(nnx.eval_shape(lambda: Block(cfg, rngs=nnx.Rngs(0))))
-    params = block_params(arrays)
+    params = torch_params.tree(arrays)
     params["attn"].pop("out_zero_mask")  # a constant of the published module
     hooks = [Hook("after_attention", 0, ats.ATS(variant="official", kept=points))]
 
@@ -201,43 +185,13 @@ def ats_official(arrays):
     }
 
 
-def tree_of(arrays, prefix):
-    """Parameters of torch modules below a prefix: kernels lie transposed, a patch kernel as `[C, channels, p, p]`."""
-    return block_params(
-        {f"param.{name.removeprefix(prefix)}": v for name, v in arrays.items() if name.startswith(prefix)}
-    )
-
-
 def model_of(arrays, **fields):
-    """A small published model: config, graph and parameters without those of the reducer."""
-    images, side = arrays["images"], int(arrays["patch_size"])
-    position, kernel = arrays["param.pos_embed"], arrays["param.patch_embed.proj.weight"]
-    width = position.shape[2]
-    depth = len({name.split(".")[2] for name in arrays if name.startswith("param.blocks.")})
-    cfg = ViTConfig(
-        image_size=images.shape[2:],
-        patch_size=side,
-        channels=images.shape[1],
-        width=width,
-        depth=depth,
-        heads=int(arrays["num_heads"]),
-        mlp_ratio=(len(arrays["param.blocks.0.mlp.fc1.bias"]) + 0.5) / width,
-        num_classes=len(arrays["param.head.bias"]),
-        **fields,
-    )
+    """A small published model: config, graph, parameters and images."""
+    cfg, params, images = torch_params.vit(arrays, **fields)
     graphdef, _ = nnx.split(nnx.eval_shape(lambda: ViT(cfg, rngs=nnx.Rngs(0))))
-    params = {
-        "patch_embed": {
-            "kernel": jnp.asarray(kernel.transpose(2, 3, 1, 0).reshape(-1, width)),
-            "bias": jnp.asarray(arrays["param.patch_embed.proj.bias"]),
-        },
-        "cls_token": jnp.asarray(arrays["param.cls_token"]),
-        "pos_embed": jnp.asarray(position),
-        "fc_norm" if cfg.fc_norm else "norm": tree_of(arrays, "param.norm."),
-        "head": tree_of(arrays, "param.head."),
-        "blocks": {i: tree_of(arrays, f"param.blocks.{i}.") for i in range(depth)},
-    }
-    return cfg, graphdef, params, jnp.asarray(images.transpose(0, 2, 3, 1))
+    if cfg.fc_norm:
+        params["fc_norm"] = params.pop("norm")
+    return cfg, graphdef, params, images
 
 
 def dynamic_vit(arrays):
@@ -246,8 +200,11 @@ def dynamic_vit(arrays):
     reducer = dynamicvit.DynamicViT(cfg.info, decimal(arrays["keep_ratio"][0]), locations)
     for i, stage in enumerate(reducer.stages):
         of = f"param.score_predictor.{i}"
-        inner = {"norm": tree_of(arrays, f"{of}.in_conv.0."), "inner": tree_of(arrays, f"{of}.in_conv.1.")}
-        outer = {j: tree_of(arrays, f"{of}.out_conv.{2 * j}.") for j in range(3)}
+        inner = {
+            "norm": torch_params.tree(arrays, f"{of}.in_conv.0."),
+            "inner": torch_params.tree(arrays, f"{of}.in_conv.1."),
+        }
+        outer = {j: torch_params.tree(arrays, f"{of}.out_conv.{2 * j}.") for j in range(3)}
         nnx.update(stage.predictor, {**inner, "out": outer})
 
     @dataclasses.dataclass(frozen=True)
@@ -286,12 +243,16 @@ def dynamic_vit(arrays):
 def evo_vit(arrays):
     cfg, graphdef, params, images = model_of(arrays, pooling="mean", fc_norm=True)
     for i, block in params["blocks"].items():
-        qk, v = (tree_of(arrays, f"param.{name}s.{i}.{name}.") for name in ("qk", "v"))
+        qk, v = (torch_params.tree(arrays, f"param.{name}s.{i}.{name}.") for name in ("qk", "v"))
         qkv = {leaf: jnp.concatenate([qk[leaf], v[leaf]], -1) for leaf in ("kernel", "bias")}
-        block["norm1"] = tree_of(arrays, f"param.norms.{i}.")
-        block["attn"] = {"qkv": qkv, "proj": tree_of(arrays, f"param.projs.{i}.")}
+        block["norm1"] = torch_params.tree(arrays, f"param.norms.{i}.")
+        block["attn"] = {"qkv": qkv, "proj": torch_params.tree(arrays, f"param.projs.{i}.")}
     hooks = evovit.EvoViT(stage_wise=bool(arrays["stage_wise"])).hooks(cfg.info)
-    second = {**params, "fc_norm": tree_of(arrays, "param.norm_cls."), "head": tree_of(arrays, "param.head_cls.")}
+    second = {
+        **params,
+        "fc_norm": torch_params.tree(arrays, "param.norm_cls."),
+        "head": torch_params.tree(arrays, "param.head_cls."),
+    }
 
     @jax.jit
     def forward(params, second, images):
@@ -310,13 +271,13 @@ def soft_mergers(arrays):
     for kind in kinds:
         if kind.startswith("sit"):
             merger = sit.Slimming(width, count, rngs=rngs)
-            norm, hidden, out = (tree_of(arrays, f"{kind}.param.weight.{i}.") for i in (0, 1, 3))
+            norm, hidden, out = (torch_params.tree(arrays, f"{kind}.param.weight.{i}.") for i in (0, 1, 3))
             scale = jnp.asarray(arrays[f"{kind}.param.scale"].reshape(()))
             nnx.update(merger, {"norm": norm, "hidden": hidden, "out": out, "scale": scale})
         elif kind.startswith("patchmerger"):
             merger = patchmerger.Queries(width, count, "scaled" in kind, rngs=rngs)
             queries = jnp.asarray(arrays[f"{kind}.param.queries"])
-            nnx.update(merger, {"norm": tree_of(arrays, f"{kind}.param.norm."), "queries": queries})
+            nnx.update(merger, {"norm": torch_params.tree(arrays, f"{kind}.param.norm."), "queries": queries})
         else:
             eps, iters = sinkhorn_settings(kind, arrays)
             merger = sinkhorn.Centres(width, count, eps, iters, rngs=rngs)

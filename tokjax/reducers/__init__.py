@@ -14,7 +14,8 @@ from typing import Any, Literal
 from tokjax import schedules
 from tokjax.hooks import ModelInfo, Reducer
 from tokjax.reducers.chain import Chain, levels
-from tokjax.reducers.diffusion.tomesd import ToMeSD, ratios
+from tokjax.reducers.diffusion.tomesd import ToMeSD
+from tokjax.reducers.diffusion.tomesd import rates as merge_rates
 from tokjax.reducers.vit.ats import ATS
 from tokjax.reducers.vit.clca import CLCA
 from tokjax.reducers.vit.controls import AvgPool, Random, Strided
@@ -27,7 +28,7 @@ from tokjax.reducers.vit.gtp import GTP
 from tokjax.reducers.vit.heuristic import Heuristic
 from tokjax.reducers.vit.kmedoids import KMedoids
 from tokjax.reducers.vit.patchmerger import PatchMerger
-from tokjax.reducers.vit.pitome import PiToMe, removed
+from tokjax.reducers.vit.pitome import PiToMe, lengths
 from tokjax.reducers.vit.scored import Scored
 from tokjax.reducers.vit.sinkhorn import Sinkhorn
 from tokjax.reducers.vit.sit import SiT
@@ -97,14 +98,9 @@ def _removed(info: ModelInfo) -> list[int]:
     return list(range((info.length - info.prefix) // 2, -1, -1))
 
 
-def _ratios(info: ModelInfo) -> list[float]:
-    """One ratio for every course of lengths that some ratio gives."""
-    courses = {}
-    for ratio in (k / 400 for k in range(200, 401)):
-        lengths = [info.length - info.prefix]
-        for _ in range(info.depth):
-            lengths.append(lengths[-1] - removed(ratio, lengths[-1]))
-        courses[tuple(lengths)] = ratio
+def _merging_rates(info: ModelInfo) -> list[float]:
+    """One rate for every course of lengths that some rate gives."""
+    courses = {lengths(k / 400, info.length - info.prefix, info.depth): k / 400 for k in range(200, 401)}
     return list(courses.values())
 
 
@@ -127,7 +123,7 @@ def _ring_rates(info: ModelInfo) -> list[float]:
 
 KEEP_RATE = Knob("keep_rate", "(0, 1], lower is cheaper", _rates)
 TABLED_RATE = Knob("keep_rate", "(0, 1], to the power of the location, lower is cheaper", _tabled_rates)
-RATIO = Knob("ratio", "[0.5, 1], lower is cheaper", _ratios)
+MERGING_RATE = Knob("keep_rate", "[0.5, 1], lower is cheaper", _merging_rates)
 STRENGTH = Knob("strength", "at least 0, higher is cheaper", strengths)
 RINGS = Knob("keep_rate", TABLED_RATE.range, _ring_rates)
 REMOVED_BUT_ONE = Knob("r", "0 to all patches but one, higher is cheaper", _all_but_one, _one_more_in_some)
@@ -185,10 +181,10 @@ REGISTRY: dict[str, Entry] = {
         kind="merge",
         paper="Tran et al., PiToMe, NeurIPS 2024",
         needs=("keys",),
-        knob=RATIO,
-        neutral={"ratio": 1.0},
+        knob=MERGING_RATE,
+        neutral={"keep_rate": 1.0},
         conserves=True,
-        example={"ratio": 0.75, "matching": "ordered"},
+        example={"keep_rate": 0.75, "matching": "ordered"},
     ),
     "gtp": Entry(
         make=GTP,
@@ -232,8 +228,8 @@ REGISTRY: dict[str, Entry] = {
         kind="merge + un-merge",
         paper="Bolya & Hoffman, Token Merging for Fast Stable Diffusion, CVPRW 2023",
         needs=("features", "a grid"),
-        knob=Knob("ratio", "[0, 1), higher is cheaper; with merge_mlp=True the MLP is cheaper too", ratios),
-        neutral={"ratio": 0.0},
+        knob=Knob("merge_rate", "[0, 1), higher is cheaper; with merge_mlp=True the MLP is cheaper too", merge_rates),
+        neutral={"merge_rate": 0.0},
         padding=False,
         example={"merge_mlp": True},
     ),

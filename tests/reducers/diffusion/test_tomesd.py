@@ -52,7 +52,7 @@ def test_one_grid_for_the_batch_and_one_a_key():
     tokens = grid_tokens((8, 8))
 
     def chosen(context, layer=0):
-        reducer = ToMeSD(ratio=0.75, layer=layer)
+        reducer = ToMeSD(merge_rate=0.75, layer=layer)
         return np.sort(kept(reducer.map(tokens, context.replace(grid=(8, 8)))), -1)
 
     one = chosen(Context(key=jax.random.key(1)))
@@ -66,7 +66,7 @@ def test_one_grid_for_the_batch_and_one_a_key():
     assert (rows[0] != rows[1]).any()
     seeded = chosen(Context())
     assert (seeded == seeded[:1]).all() and (chosen(Context()) == seeded).all()
-    top_left = ToMeSD(ratio=0.75, use_rand=False).map(tokens, Context(grid=(8, 8)))
+    top_left = ToMeSD(merge_rate=0.75, use_rand=False).map(tokens, Context(grid=(8, 8)))
     expected = [8 * i + j for i in range(0, 8, 2) for j in range(0, 8, 2)]
     assert (np.sort(kept(top_left), -1) == expected).all()
 
@@ -93,7 +93,7 @@ def test_blocks_below_the_gate_do_nothing():
 def test_the_prefix_never_merges():
     tokens = grid_tokens(prefix=2)
     tokens = tokens.replace(x=jnp.ones_like(tokens.x))
-    found = ToMeSD(ratio=0.75).map(tokens, Context(grid=(4, 4)))
+    found = ToMeSD(merge_rate=0.75).map(tokens, Context(grid=(4, 4)))
     np.testing.assert_array_equal(found.keep[:, :2], [[0, 1]] * 3)
     assert found.num_in == 18 and found.num_out == 2 + 4
     assert (np.asarray(found.into) >= 2).all()
@@ -111,7 +111,7 @@ def test_modules_run_on_fewer_tokens_and_the_stream_keeps_its_length():
     for settings, expected in (
         ({"merge_mlp": True}, [9, 9, 17]),
         ({}, [9, 17, 17]),
-        ({"merge_attn": False, "merge_mlp": True, "ratio": 0.9}, [17, 5, 17]),
+        ({"merge_attn": False, "merge_mlp": True, "merge_rate": 0.9}, [17, 5, 17]),
         ({"layers": (0,)}, [17, 17, 17]),
     ):
         seen.clear()
@@ -142,8 +142,8 @@ def test_cheaper_attention_or_cheaper_blocks():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"ratio": 1.0}, r"ratio=1.0: must be in \[0, 1\)"),
-        ({"ratio": float("nan")}, r"ratio=nan"),
+        ({"merge_rate": 1.0}, r"merge_rate=1.0: must be in \[0, 1\)"),
+        ({"merge_rate": float("nan")}, r"merge_rate=nan"),
         ({"sx": 0}, r"sx=0: must be at least 1"),
         ({"max_downsample": 0}, r"max_downsample=0: must be at least 1"),
         ({"merge_attn": False}, r"merge_attn=False: one of"),

@@ -8,6 +8,7 @@ import pytest
 from tokjax.hooks import ModelInfo
 from tokjax.reducers.vit import ats
 from tokjax.reducers.vit.ats import ATS
+from tokjax.reducers.vit.staged import NOTING
 from tokjax.signals import Signals
 from tokjax.token_map import apply
 from tokjax.tokens import Tokens
@@ -77,6 +78,13 @@ def test_padding_is_never_taken():
     np.testing.assert_array_equal(plan.map.keep[plan.valid], place[alone.map.keep[alone.valid]])
 
 
+def test_behind_another_reducer_samples_are_a_share_of_the_patches_at_the_input():
+    _, one, *_ = ATS(0.5, layers=(3,)).hooks(INFO)
+    for carry, samples in (({"patches": jnp.array([16])}, 8), ({}, 6)):  # of the twelve that it meets, without the note
+        tokens, scores = tokens_of(13, carry=carry), seen(np.full((1, 13), 0.1))
+        assert one.reducer.plan(tokens, scores).aux["sampled"] == samples
+
+
 def test_official_variant_orders_by_significance_and_drops_the_least():
     scores = [[9, 0.4, 0.1, 0.3, 0.2]]
     plan = ATS(variant="official", keep_rate=1.0).plan(tokens_of(5), seen(scores))
@@ -95,8 +103,9 @@ def test_rows_without_significance_stay_finite():
 
 
 def test_hooks_of_both_variants():
-    assert [(h.layer, h.reducer.count(16)) for h in ATS(0.5).hooks(INFO)] == [(3, 8), (6, 4), (9, 2)]
-    official = ATS(1.0, variant="official").hooks(INFO)
+    assert [(h.layer, h.reducer.count(16)) for h in ATS(0.5).hooks(INFO)[1:]] == [(3, 8), (6, 4), (9, 2)]
+    note, *official = ATS(1.0, variant="official").hooks(INFO)
+    assert note == NOTING
     assert [h.layer for h in official] == list(range(3, 12))
     assert {h.reducer.count(16) for h in official} == {16} and {h.where for h in official} == {"after_attention"}
     assert ATS(1.0).hooks(INFO) == []

@@ -1,5 +1,6 @@
 """CLCA: what is cached and when it comes back, carriers, the head, what it wraps, saving."""
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +12,7 @@ from tokjax.hooks import ModelInfo
 from tokjax.models.vit import ViTConfig
 from tokjax.reducers.vit.clca import CLCA, BatchNorm, Cache, removed
 from tokjax.reducers.vit.evit import EViT
+from tokjax.reducers.vit.gtp import GTP
 from tokjax.reducers.vit.tome import ToMe
 from tokjax.signals import Signals
 from tokjax.token_map import apply
@@ -96,9 +98,81 @@ def test_the_reducer_inside():
     assert CLCA(info, reducer="tome", keep_rate=0.7, layers=(1, 3)).inner == ToMe(r=(0, 5, 0, 4, 0, 0))
     every = CLCA(info, reducer="tome", settings={"r": 2})
     assert every.inner == ToMe(r=2) and every.layers == tuple(range(6))
-    assert CLCA(info, settings={"kept": 3}).inner == EViT(keep_rate=0.7, kept=3)
+    assert CLCA(info, settings={"kept": 3}).inner == EViT(keep_rate=0.7, kept=3, layers=(1, 3, 4))
+    assert CLCA(info, reducer="gtp", keep_rate=0.7, layers=(1, 3)).inner == GTP((0, 5, 0, 4, 0, 0))
+    assert CLCA(info, reducer="pitome").inner.layers == (1, 3, 4)
     assert CLCA(info).layers == (1, 3, 4) and CLCA(info).depths == (1, 3, 4, 5)
     assert removed(ModelInfo(12, 8, 2, 197, 1), 0.5, (3, 6, 9)) == (0, 0, 0, 98, 0, 0, 49, 0, 0, 25, 0, 0)
+
+
+def test_only_blocks_that_reduce_bring_the_cache_back():
+    """GTP's attention maps and graph, Evo-ViT's gathering and returns and the note at the input leave out nothing."""
+    gtp = {"reducer": "gtp", "settings": {"propagated": (0, 0, 3, 2), "sparsity": 0.5}}
+    assert CLCA(CONFIG.info, **gtp).layers == (2, 3)
+    assert CLCA(CONFIG.info, reducer="evovit", settings={"keep_rate": 0.5}, cache=False).layers == (2, 4)
+    assert CLCA(CONFIG.info, reducer="diffrate", settings={"merge_kept": (17, 17, 9, 9, 5, 5)}).layers == (2, 4)
+    assert CLCA(CONFIG.info, reducer="dpcknn", settings={"keep_rate": 0.5}).layers == (1, 3, 4)
+
+
+def test_a_reduction_without_a_recovery_leaves_only_patches_behind():
+    settings = {"settings": {"propagated": (0, 4, 3)}, "layers": (1, 3), "num_clr": 1}
+    caches = [h.reducer for h in CLCA(CONFIG.info, reducer="gtp", **settings).hooks(CONFIG.info) if h.layer < 5]
+    caches = [cache for cache in caches if isinstance(cache, Cache)]
+    assert [cache.behind for cache in caches] == [1, 0, 0, 0, 4]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"reducer": "gtp"}, [18, 18 - 8 + 2, 12, 12 - 4 + 4, 12 + 2, 14]),
+        ({"reducer": "heuristic"}, [18, 2 + 4 + 2, 8, 8 + 4, 12 + 2, 14]),  # the inner four patches, already at block 1
+        ({"reducer": "dynamicvit", "settings": {"masked": True}}, [18, 18 + 2, 20, 20 + 4, 24 + 2, 26]),
+    ],
+)
+def test_reducers_that_go_by_places_and_decisions(model, settings, expected):
+    """Carriers and what came back have no edges, no place and no decision against them."""
+    rng = np.random.default_rng(0)
+    reduced = tokjax.reduce(model, "clca", keep_rate=0.5, layers=(1, 3), num_clr=1, **settings)
+    noisy = jax.tree.map(lambda x: x + rng.normal(0, 0.1, x.shape).astype(np.float32), reduced.params)
+    out = reduced.forward(noisy, jnp.asarray(rng.normal(size=(2, 16, 16, 3)), jnp.float32), states=True)
+    assert [state.length for state in out.states] == expected
+    assert np.isfinite(out.logits).all() and np.ptp(out.logits, 0).min() > 0
+
+
+def test_the_mean_may_be_one_over_prefix_and_carriers():
+    x = jnp.arange(12.0).reshape(1, 6, 2)
+    cached = Cache(False, True, 1, True, 0, pool_cls=True).plan(Tokens(x, prefix=2), Signals()).carry["clca"]
+    np.testing.assert_array_equal(cached, x[:, :5].mean(1, keepdims=True))
+
+    def behind(**settings):
+        hooks = CLCA(CONFIG.info, num_clr=2, layers=(2,), **settings).hooks(CONFIG.info)
+        return [hook.reducer.behind for hook in hooks if isinstance(hook.reducer, Cache)]
+
+    assert behind() == [2, 2, 0, 6, 6] and behind(pool_clr=True) == [0, 0, 0, 6, 6]
+    hooks = CLCA(CONFIG.info, pool_cls=True).hooks(CONFIG.info)
+    assert all(hook.reducer.pool_cls for hook in hooks if isinstance(hook.reducer, Cache))
+
+
+def test_the_older_head_by_hand(model):
+    head = CLCA(CONFIG.info, expand=0).head
+    rng = np.random.default_rng(0)
+    cls, mix = rng.normal(size=(5, 16, 4)).astype(np.float32), rng.normal(size=4).astype(np.float32)
+    scale, kernel = rng.normal(size=16).astype(np.float32), rng.normal(size=(16, 3)).astype(np.float32)
+    nnx.update(head, {"over_depth": {"kernel": mix[:, None], "bias": np.full(1, 0.5, np.float32)}})
+    nnx.update(head, {"norm": {"scale": scale}, "out": {"kernel": kernel}})
+    mixed = np.maximum(cls @ mix + 0.5, 0)
+    normed = (mixed - mixed.mean(1, keepdims=True)) / np.sqrt(mixed.var(1, keepdims=True) + 1e-5)
+    np.testing.assert_allclose(head(jnp.asarray(cls)), (normed * scale) @ kernel, rtol=1e-3, atol=1e-4)
+    logits = tokjax.reduce(model, "clca", expand=0)(jnp.asarray(rng.normal(size=(4, 16, 16, 3)), jnp.float32))
+    assert logits.shape == (4, 3) and np.isfinite(logits).all() and np.ptp(logits, 0).min() > 0
+
+
+def test_carriers_are_no_patches_to_any_reducer(model):
+    """Neither to the one inside nor to one that is added."""
+    reduced = tokjax.reduce(tokjax.reduce(model, "clca", num_clr=3), "ats", layers=(0,))
+    images = jnp.zeros((2, 16, 16, 3))
+    out = reduced.forward(reduced.params, images)
+    np.testing.assert_array_equal(out.tokens.carry["patches"], [16, 16])
 
 
 def test_the_head_replaces_the_models_logits(model):
@@ -152,7 +226,10 @@ def test_budgets_are_reached(model):
         ({"num_clr": -1}, r"num_clr=-1: must be at least 0"),
         ({"num_clr": 1, "cache": False}, r"num_clr=1: must be at least 0, and 0 with cache=False"),
         ({"gap": False}, r"gap=False, num_clr=0: leave nothing to cache"),
-        ({"expand": 0}, r"expand=0: must be at least 1"),
+        ({"expand": -1}, r"expand=-1: must be at least 0"),
+        ({"reducer": "evovit"}, r"reducer='evovit': brings back itself what it sets aside, .* only cache=False goes"),
+        ({"reducer": "tomesd", "settings": {"seed": 1}}, r"reducer='tomesd': merges on a whole grid"),
+        ({"reducer": "clca"}, r"reducer='clca': has a cache of its own"),
         ({"reducer": "evits"}, r"reducer='evits': must be one of "),
         ({"reducer": "diffrate"}, r"reducer='diffrate': has no keep_rate; give its settings"),
         ({"reducer": "tome", "keep_rate": 0.0}, r"keep_rate=0.0: must be in \(0, 1\]"),

@@ -108,6 +108,21 @@ def test_masking_keeps_the_length_notes_decisions_and_learns():
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(jax.grad(rate)(params)))
 
 
+def test_a_row_draws_the_same_with_padding_and_without():
+    reducer, rng = DynamicViT(CFG.info, 0.5, layers=(1,), masked=True), np.random.default_rng(3)
+    signals, tokens = Signals(context=Context(key=jax.random.split(jax.random.key(1), 2))), tokens_of()
+    inside = np.ones((2, 17), bool)
+    inside[1, 1 + rng.permutation(16)[:7]] = False
+    padded = reducer.stages[0].decide(tokens.replace(valid=jnp.asarray(inside)), signals).carry[dynamicvit.DECISION]
+    for row in range(2):
+        alone = Tokens(tokens.x[row : row + 1, inside[row]], prefix=1)
+        own = Signals(context=Context(key=signals.context.key[row : row + 1]))
+        decided = reducer.stages[0].decide(alone, own).carry[dynamicvit.DECISION][0]
+        np.testing.assert_allclose(padded[row][inside[row, 1:]], decided, atol=1e-6)
+        assert 0 < decided.sum() < len(decided)
+    np.testing.assert_array_equal(padded[1][~inside[1, 1:]], 0)
+
+
 def test_keeping_all_does_nothing_and_parameters_fit_one_width():
     assert DynamicViT(CFG.info, 1.0).hooks(CFG.info) == [] == DynamicViT(CFG.info, 1.0, masked=True).hooks(CFG.info)
     with pytest.raises(ValueError, match="width=8: these parameters were made for width=16"):

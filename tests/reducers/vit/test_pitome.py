@@ -95,12 +95,12 @@ def test_energy_is_high_in_crowds_and_ties_are_exact():
 
 
 @pytest.mark.parametrize("matching", ["ordered", "halves", "bipartite"])
-@pytest.mark.parametrize(("n", "prefix", "ratio"), [(13, 1, 0.75), (12, 0, 0.5)])
-def test_matchings_by_hand(matching, n, prefix, ratio):
+@pytest.mark.parametrize(("n", "prefix", "rate"), [(13, 1, 0.75), (12, 0, 0.5)])
+def test_matchings_by_hand(matching, n, prefix, rate):
     x = drawn(n)
     tokens = Tokens(jnp.asarray(x), prefix=prefix)
-    plan = planned(PiToMe(ratio, matching=matching), tokens, keyed(x))
-    r = pitome.removed(ratio, n - prefix)
+    plan = planned(PiToMe(rate, matching=matching), tokens, keyed(x))
+    r = pitome.removed(rate, n - prefix)
     assert plan.map.num_out == n - r
     np.testing.assert_array_equal(plan.map.keep[:, :prefix], [range(prefix)] * 2)
     for b in range(2):
@@ -113,11 +113,11 @@ def test_matchings_by_hand(matching, n, prefix, ratio):
 
 
 @pytest.mark.parametrize(
-    ("ratio", "tokens", "expected"),
+    ("rate", "tokens", "expected"),
     [(0.9125, 196, 17), (0.9, 196, 19), (0.5, 17, 8), (0.95, 10, 0), (1.0, 196, 0), (0.7, 1, 0), (0.7, 0, 0)],
 )
-def test_lengths(ratio, tokens, expected):
-    assert pitome.removed(ratio, tokens) == expected
+def test_lengths(rate, tokens, expected):
+    assert pitome.removed(rate, tokens) == expected
 
 
 def test_what_is_averaged_and_what_is_dropped():
@@ -189,9 +189,9 @@ def test_variants_lay_out_their_blocks():
     assert {hook.reducer.metric for hook in PiToMe(variant="clip").hooks(INFO)} == {"hidden"}
 
 
-def test_ratios_of_single_blocks():
+def test_rates_of_single_blocks():
     hooks = PiToMe((0.7, 1.0, 0.9)).hooks(INFO)
-    assert [(hook.layer, hook.reducer.ratio) for hook in hooks] == [(0, 0.7), (2, 0.9)]
+    assert [(hook.layer, hook.reducer.keep_rate) for hook in hooks] == [(0, 0.7), (2, 0.9)]
     assert PiToMe(1.0).hooks(INFO) == []
 
 
@@ -224,7 +224,7 @@ def texts():
 
 
 def test_texts_merge_by_their_own_lengths():
-    fast = tokjax.reduce(text_model(), "pitome", variant="text", ratio=0.7)
+    fast = tokjax.reduce(text_model(), "pitome", variant="text", keep_rate=0.7)
     out, trace = fast(texts(), trace=True)
     counts = np.array(ENDS)  # tokens in front of the pooled one
     for tokens in np.asarray(trace.tokens):
@@ -236,16 +236,16 @@ def test_texts_merge_by_their_own_lengths():
 
 
 def test_a_text_that_keeps_all_is_the_whole_text():
-    fast = tokjax.reduce(text_model(), "pitome", variant="text", ratio=1.0)
+    fast = tokjax.reduce(text_model(), "pitome", variant="text", keep_rate=1.0)
     np.testing.assert_allclose(fast(texts()), text_model()(texts()), atol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"ratio": 0.4}, r"ratio=0.4: must be in \[0.5, 1\]"),
-        ({"ratio": (0.9, 1.1)}, r"ratio=\(0.9, 1.1\): must be in \[0.5, 1\]"),
-        ({"ratio": float("nan")}, r"ratio=nan"),
+        ({"keep_rate": 0.4}, r"keep_rate=0.4: must be in \[0.5, 1\]"),
+        ({"keep_rate": (0.9, 1.1)}, r"keep_rate=\(0.9, 1.1\): must be in \[0.5, 1\]"),
+        ({"keep_rate": float("nan")}, r"keep_rate=nan"),
         ({"variant": "aug"}, r"variant='aug': must be one of deit, mae, blip, blip2, clip, llava, text"),
         ({"matching": "best"}, r"matching='best': must be one of ordered, halves, bipartite, tome"),
         ({"metric": "values"}, r"metric='values': must be one of keys, hidden"),
@@ -262,7 +262,7 @@ def test_settings_that_cannot_be(settings, message):
 
 def test_plans_that_cannot_be_made():
     tokens = Tokens(jnp.asarray(drawn()), prefix=1)
-    with pytest.raises(ValueError, match=r"ratio=\(0.9, 0.8\): a plan takes one number"):
+    with pytest.raises(ValueError, match=r"keep_rate=\(0.9, 0.8\): a plan takes one number"):
         PiToMe((0.9, 0.8)).plan(tokens, keyed(tokens.x))
     with pytest.raises(ValueError, match=r"signals.key=None"):
         PiToMe(0.75).plan(tokens, Signals())

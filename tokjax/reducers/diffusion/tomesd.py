@@ -2,7 +2,8 @@
 
 Paper:  Bolya & Hoffman, "Token Merging for Fast Stable Diffusion", CVPR 2023 workshop (arXiv 2303.17604).
 Source: dbolya/tomesd 0.1.3, `tomesd/merge.py`, `tomesd/patch.py`.
-Kind:   hard merge with un-merge around single modules, training-free; static: N - min(sources, int(N * ratio)) inside.
+Kind:   hard merge with un-merge around single modules, training-free; static: N - min(sources, int(N * merge_rate))
+        inside.
 Needs:  the features that enter the block, and their grid.
 Cost:   a similarity of N (1 - 1/(sx sy)) sources with N / (sx sy) destinations over C channels, once a block, and a
         sort of the sources; the plan is shared by all modules of the block.
@@ -59,9 +60,9 @@ def gate(latent: Grid, tokens: int, max_downsample: int) -> Grid | None:
     return math.ceil(latent[0] / factor), math.ceil(latent[1] / factor)
 
 
-def removed(tokens: int, ratio: float) -> int:
-    """Tokens that may merge, int(N * ratio) in double precision."""
-    return int(tokens * ratio)
+def removed(merge_rate: float, tokens: int) -> int:
+    """Tokens that may merge, int(N * merge_rate) in double precision."""
+    return int(tokens * merge_rate)
 
 
 def cells(grid: Grid, stride: Grid) -> Grid:
@@ -102,11 +103,11 @@ def match(metric: Float[Array, "B N C"], chosen: Int[Array, "#B D"], r: int) -> 
     return HardMap(keep, jnp.take_along_axis(sources, merged, 1), into, num_in=n)
 
 
-def ratios(info: ModelInfo) -> list[float]:
-    """Ratios from cheapest to dearest, one for every number of tokens that may merge."""
+def rates(info: ModelInfo) -> list[float]:
+    """Merge rates from cheapest to dearest, one for every number of tokens that may merge."""
     patches = info.length - info.prefix
     values = [(r, r / patches) for r in range(patches - 1, -1, -1)]
-    return [ratio if removed(patches, ratio) == r else math.nextafter(ratio, 1) for r, ratio in values]
+    return [rate if removed(rate, patches) == r else math.nextafter(rate, 1) for r, rate in values]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +115,8 @@ class ToMeSD:
     """Merging around attention, cross-attention and MLP of the blocks at high resolution.
 
     Attributes:
-        ratio: share of a block's tokens that merge, in [0, 1); at most all but the destinations, 1 - 1 / (sx sy).
+        merge_rate: share of a block's tokens that merge, in [0, 1), the published `ratio`; at most all but the
+            destinations, 1 - 1 / (sx sy).
         max_downsample: of the blocks that reduce; 1 touches 4 of the 15 blocks of Stable Diffusion 1.5, 8 all of them.
         sx: cell width, in tokens.
         sy: cell height.
@@ -127,7 +129,7 @@ class ToMeSD:
         layer: set by `hooks`.
     """
 
-    ratio: float = 0.5
+    merge_rate: float = 0.5
     max_downsample: int = 1
     sx: int = 2
     sy: int = 2
@@ -140,8 +142,8 @@ class ToMeSD:
     layer: int = 0
 
     def __post_init__(self):
-        if not 0 <= self.ratio < 1:
-            raise ValueError(f"ratio={self.ratio}: must be in [0, 1)")
+        if not 0 <= self.merge_rate < 1:
+            raise ValueError(f"merge_rate={self.merge_rate}: must be in [0, 1)")
         for name in ("max_downsample", "sx", "sy"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
@@ -156,7 +158,7 @@ class ToMeSD:
         """
         if info.grid is None:
             raise ValueError("grid=None: tomesd needs a model whose tokens stand on one grid")
-        if self.ratio == 0:
+        if self.merge_rate == 0:
             return []
         sites: dict[Where, bool] = {
             "around_attention": self.merge_attn,
@@ -194,7 +196,7 @@ class ToMeSD:
         if grid[0] * grid[1] != n:
             raise ValueError(f"{n} tokens: are no grid of {grid[0]} x {grid[1]}; no other method may add or drop any")
         chosen = destinations(self.choice(context, cells(grid, stride)), grid, stride)
-        found = match(tokens.x[:, p:], chosen if chosen.ndim == 2 else chosen[None], removed(n, self.ratio))
+        found = match(tokens.x[:, p:], chosen if chosen.ndim == 2 else chosen[None], removed(self.merge_rate, n))
         return None if found is None else behind_prefix(found, p)
 
     def choice(self, context: Context, shape: Grid) -> Int[Array, "*B down across"]:

@@ -25,7 +25,7 @@ Where we decide:
   least significant token's own, which therefore never stays in a full row. This is followed, so that the law of padding
   holds for the benchmark variant only.
 - Behind another reducer the number of samples is still a share of the patches at the input, which a hook notes there;
-  a `plan` without that note counts the patches that it meets.
+  a `plan` by hand, without that hook, counts the patches that the first one meets.
 - A `capacity` below the number of samples drops the least significant of the surplus; `aux` has `sampled`, the tokens
   that stay, and `overflow`, those that found no slot.
 - Without CLS the norm is taken over all heads in both variants.
@@ -43,9 +43,9 @@ import numpy as np
 
 from tokjax import schedules
 from tokjax.hooks import Hook, ModelInfo, Where
-from tokjax.reducers.vit.staged import Tabled, input_patches, select
+from tokjax.reducers.vit.staged import Tabled, input_patches, noted, select
 from tokjax.signals import Signals, attention_rows, column_mean
-from tokjax.token_map import Plan, rows
+from tokjax.token_map import Plan, first_true, rows
 from tokjax.tokens import Tokens
 
 Variant = Literal["benchmark", "official"]
@@ -96,9 +96,7 @@ def nearest(
     distance = jnp.abs(points[:, :, None] - total[:, None])
     if inside is not None:
         distance = jnp.where(inside[:, None], distance, jnp.inf)
-    place = jnp.arange(total.shape[1], dtype=jnp.float32)
-    low = distance.min(-1, keepdims=True)
-    return jnp.where(distance <= low + TIE, place, place[-1]).min(-1).astype(jnp.int32)
+    return first_true(distance <= distance.min(-1, keepdims=True) + TIE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,4 +182,4 @@ class ATS(Tabled):
         first = jnp.ones((tokens.batch, p), bool)
         valid = jnp.concatenate([first, jnp.arange(slots) < stays[:, None]], 1)
         aux = {"sampled": stays, "overflow": found - stays}
-        return Plan(keep, how="keep", valid=valid, aux=aux)
+        return Plan(keep, how="keep", valid=valid, carry=noted(tokens), aux=aux)

@@ -31,12 +31,12 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 import numpy as np
 
 from tokjax.hooks import Hook, ModelInfo
-from tokjax.reducers.vit.staged import input_patches, noting, ranked
-from tokjax.reducers.vit.tome import proposals, similarity, unit
+from tokjax.reducers.vit.staged import input_patches, noted, noting, ranked
+from tokjax.reducers.vit.tome import join
 from tokjax.signals import Signals, importance
 from tokjax.token_map import HardMap, Plan, rows
 from tokjax.tokens import Tokens
@@ -91,13 +91,23 @@ def candidates(patches: int, granularity: int = 4) -> Int[np.ndarray, "K"]:
     return np.arange(patches, 0, -granularity)
 
 
+def chances(logits: Float[np.ndarray, "K"]) -> Float[np.ndarray, "K"]:
+    """Probability of every candidate, in double precision."""
+    chance = np.exp(np.asarray(logits, np.float64) - np.max(logits))
+    return chance / chance.sum()
+
+
+def expected(logits: Float[np.ndarray, "K"], patches: int, granularity: int = 4) -> float:
+    """The expected candidate."""
+    return float(candidates(patches, granularity) @ chances(logits))
+
+
 def searched(logits: Float[np.ndarray, "K"], patches: int, granularity: int = 4) -> int:
     """Tokens that searched logits keep, class token included: the expected candidate, rounded up.
 
-    In double precision, less a hair: in single precision a whole number may come out above itself.
+    Less a hair, since in single precision a whole number may come out above itself.
     """
-    chance = np.exp(np.asarray(logits, np.float64) - np.max(logits))
-    return int(np.ceil(candidates(patches, granularity) @ chance / chance.sum() - 1e-4)) + 1
+    return int(np.ceil(expected(logits, patches, granularity) - 1e-4)) + 1
 
 
 def counted(share: float, patches: int) -> int:
@@ -113,23 +123,6 @@ def strengths(info: ModelInfo) -> list[float]:
         layout = tuple(counted(s, patches) for pair in shares(rates, info.depth, strength) for s in pair)
         layouts.setdefault(layout, float(strength))
     return list(reversed(layouts.values()))
-
-
-def match(
-    x: Float[Array, "B N C"], keep: Int[Array, "B M"], tail: Int[Array, "B R"], prefix: int
-) -> tuple[HardMap, Float[Array, "B R"]]:
-    """Every tail token goes to the most similar of those that stay behind the prefix; also how similar they are.
-
-    An index of N is nobody, in either list. Of equal similarities the first slot counts.
-    """
-    n, m = x.shape[1], keep.shape[1]
-    features = unit(x)
-    scores = similarity(rows(features, tail), rows(features, keep))
-    open_ = (jnp.arange(m) >= prefix) & (keep < n)
-    best, partner = proposals(jnp.where(open_[:, None], scores, -jnp.inf))
-    moves = tail < n
-    merge = HardMap(keep, tail, jnp.where(moves, partner, m), num_in=n)
-    return merge, jnp.where(moves & jnp.isfinite(best), best, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,7 +238,7 @@ class DiffRate:
             place = left_ + jnp.arange(most)
             tail = jnp.where(place < until_, rows(order, place, fill=n), n)
         if tail.shape[1] == 0:
-            return Plan(HardMap(keep, tail, tail, n), how="keep")
-        merge, similar = match(tokens.x, keep, tail, p)  # step 4: what was not pruned merges
+            return Plan(HardMap(keep, tail, tail, n), how="keep", carry=noted(tokens))
+        merge, similar = join(tokens.x, keep, tail, p)  # step 4: what was not pruned merges
         size = merge.replace(weight=similar) if self.sizes == "similarity" else merge
-        return Plan(merge, size=size, how="mean", least=self.min_size)
+        return Plan(merge, size=size, how="mean", least=self.min_size, carry=noted(tokens))

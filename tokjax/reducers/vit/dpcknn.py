@@ -33,9 +33,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from tokjax.reducers.vit.staged import Tabled, drawn
+from tokjax.reducers.vit.staged import Tabled, drawn, noted, others
 from tokjax.signals import Signals
-from tokjax.token_map import HardMap, Plan, behind_prefix, rows
+from tokjax.token_map import HardMap, Plan, behind_prefix, first_true, rows
 from tokjax.tokens import Tokens
 
 
@@ -63,9 +63,7 @@ def density(distance: Float[Array, "B n n"], neighbours: int) -> Float[Array, "B
 
 def nearest(distance: Float[Array, "B K n"]) -> Int[Array, "B n"]:
     """Which of the centres is nearest to every token, the first on ties."""
-    place = jnp.arange(distance.shape[1], dtype=jnp.float32)[:, None]
-    low = distance.min(1, keepdims=True)
-    return jnp.where(distance == low, place, place[-1]).min(1).astype(jnp.int32)
+    return first_true(distance == distance.min(1, keepdims=True), axis=1)
 
 
 def clusters(
@@ -102,9 +100,7 @@ def clusters(
         centre = jnp.where(jnp.arange(k) < counts[:, None], centre, n)
 
     to = nearest(rows(near, centre, fill=jnp.inf))
-    stays = jax.vmap(lambda row: jnp.zeros(n, bool).at[row].set(True, mode="drop"))(centre) | ~inside
-    moved = jnp.argsort(stays, axis=-1, stable=True)[:, : n - k]
-    moved = jnp.where(jnp.take_along_axis(stays, moved, 1), n, moved)
+    moved = others(centre, n, inside)
     return HardMap(centre, moved, rows(to, moved, fill=k), num_in=n)
 
 
@@ -157,4 +153,5 @@ class DPCKNN(Tabled):
             size=found if tracked else None,
             how=self.how,
             proportional=self.proportional if tracked else None,
+            carry=noted(tokens),
         )

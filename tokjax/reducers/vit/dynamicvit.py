@@ -32,7 +32,7 @@ from jaxtyping import Array, Float
 
 from tokjax.hooks import Hook, ModelInfo
 from tokjax.reducers.vit.mergers import layer_norm, linear, locations
-from tokjax.reducers.vit.staged import Tabled, drawn, noting, ranked, select
+from tokjax.reducers.vit.staged import Tabled, drawn, noted, noting, ranked, select
 from tokjax.signals import Signals
 from tokjax.token_map import Plan
 from tokjax.tokens import Tokens
@@ -101,7 +101,7 @@ class Pruner(nnx.Module):
         score = jax.lax.stop_gradient(self.predictor(*self._patches(tokens))[..., 0])
         counts = None if tokens.valid is None else self.schedule.row_counts(tokens)
         order = ranked(tokens, jnp.pad(score, ((0, 0), (p, 0))), counts)
-        return Plan(select(tokens, order[:, :k], counts), how="keep")
+        return Plan(select(tokens, order[:, :k], counts), how="keep", carry=noted(tokens))
 
     def decide(self, tokens: Tokens, signals: Signals, noise: Float[Array, "B n 2"] | None = None) -> Plan:
         """The masking form; `noise`: standard Gumbel, where it is not given that of a row's own tokens (`drawn`)."""

@@ -34,7 +34,7 @@ from tokjax.hooks import Hook, ModelInfo
 from tokjax.reducers.vit.dpcknn import distances, nearest
 from tokjax.reducers.vit.staged import Tabled
 from tokjax.signals import Signals, column_mean
-from tokjax.token_map import Plan, SoftMap, behind_prefix, rows
+from tokjax.token_map import Plan, SoftMap, behind_prefix, first_true, rows
 from tokjax.tokens import Tokens
 
 Start = Literal["attention", "farthest"]
@@ -83,12 +83,11 @@ def medoids(
     else:
         centres = jnp.argsort(-weight, axis=-1, stable=True)[:, :k]
         cost = weight * cost
-    place = jnp.arange(z.shape[1], dtype=jnp.float32)
     for _ in range(iters):
         member = nearest(rows(apart, centres))[:, None] == jnp.arange(k)[:, None]
         own = jnp.where(member, cost[:, None], jnp.inf)
         # An empty cluster has no finite cost: all are equal, and token 0 is the first.
-        centres = jnp.where(own == own.min(-1, keepdims=True), place, place[-1]).min(-1).astype(jnp.int32)
+        centres = first_true(own == own.min(-1, keepdims=True))
     return centres, nearest(rows(apart, centres))
 
 

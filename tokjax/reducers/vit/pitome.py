@@ -3,7 +3,7 @@
 Paper:  Tran, Nguyen et al., "Accelerating Transformers with Spectrum-Preserving Token Merging", NeurIPS 2024
         (arXiv 2405.16148).
 Source: hchautran/PiToMe, `algo/pitome/merge.py`, `algo/pitome/patch/*.py`.
-Kind:   hard merge, training-free; static length N - floor(T - T * ratio) a block, T tokens behind the prefix.
+Kind:   hard merge, training-free; static length N - floor(T - T * keep_rate) a block, T tokens behind the prefix.
 Needs:  attention keys of the same block, or the hidden states, by variant.
 Cost:   one T x T similarity with an exponential for each entry, a sort of T; the matching adds at most T^2 / 4.
 
@@ -21,7 +21,7 @@ Where we decide:
   differ only in order tie exactly.
 - The published plan protects one token at most and may merge a distillation token; here the whole prefix is protected.
 - Nothing to merge keeps the input order, and at most half of the tokens merge; the published code fails in both cases.
-- The BLIP patch reads its list of ratios from the end, so that it leaves the last block alone, not the first as was
+- The BLIP patch reads its list of rates from the end, so that it leaves the last block alone, not the first as was
   meant: `variant="blip"` does what was meant, `layers=range(L - 1)` what is done.
 - Means that the published text and LLaVA patches take over tokens (sizes restart at one in every layer) stay means;
   sizes are counted on, but nothing reads them.
@@ -87,9 +87,17 @@ VARIANTS = {
 }
 
 
-def removed(ratio: float, tokens: int) -> int:
-    """Tokens that one block merges away, floor(T - T * ratio) in double precision, at most half of them."""
-    return min(math.floor(tokens - tokens * ratio), tokens // 2) if ratio < 1 else 0
+def removed(keep_rate: float, tokens: int) -> int:
+    """Tokens that one block merges away, floor(T - T * keep_rate) in double precision, at most half of them."""
+    return min(math.floor(tokens - tokens * keep_rate), tokens // 2) if keep_rate < 1 else 0
+
+
+def lengths(keep_rate: float, tokens: int, depth: int) -> tuple[int, ...]:
+    """Tokens behind the prefix before each of so many blocks that merge, and behind the last one."""
+    left = [tokens]
+    for _ in range(depth):
+        left.append(left[-1] - removed(keep_rate, left[-1]))
+    return tuple(left)
 
 
 def margins(margin: float, slope: float, depth: int) -> tuple[float, ...]:
@@ -222,9 +230,10 @@ class PiToMe:
     """Merging by energy, with the settings of a published patch; fields that are None are those of the variant.
 
     Attributes:
-        ratio: share of the tokens behind the prefix that a block keeps, at least one half; 1 keeps all. A tuple gives
-            a share for each block, ones behind its end. The published scripts use 0.9125 to classify images, 0.9 to
-            0.975 for retrieval, 0.85 to 0.975 for questions, and 0.505 to 0.85 in three blocks of text models.
+        keep_rate: share of the tokens behind the prefix that a block keeps, at least one half, the published `ratio`; 1
+            keeps all. A tuple gives a share for each block, ones behind its end. The published scripts use 0.9125 to
+            classify images, 0.9 to 0.975 for retrieval, 0.85 to 0.975 for questions, and 0.505 to 0.85 in three blocks
+            of text models.
         variant: "deit" (any ViT), "mae", "blip", "blip2", "clip", "llava", "text"; see `VARIANTS`.
         layers: blocks that merge.
         margin: of the energy at block 0.
@@ -239,7 +248,7 @@ class PiToMe:
         proportional: whether attention counts a token size times.
     """
 
-    ratio: float | tuple[float, ...] = 0.9125
+    keep_rate: float | tuple[float, ...] = 0.9125
     variant: str = "deit"
     layers: tuple[int, ...] | None = None
     margin: float | None = None
@@ -252,9 +261,9 @@ class PiToMe:
     proportional: bool | None = None
 
     def __post_init__(self):
-        ratios = self.ratio if isinstance(self.ratio, tuple) else (self.ratio,)
-        if not all(0.5 <= ratio <= 1 for ratio in ratios):
-            raise ValueError(f"ratio={self.ratio}: must be in [0.5, 1]")
+        rates = self.keep_rate if isinstance(self.keep_rate, tuple) else (self.keep_rate,)
+        if not all(0.5 <= rate <= 1 for rate in rates):
+            raise ValueError(f"keep_rate={self.keep_rate}: must be in [0.5, 1]")
         choices = {"matching": Matching, "metric": Metric, "kernel": Kernel, "how": How}
         if self.variant not in VARIANTS:
             raise ValueError(f"variant={self.variant!r}: must be one of {', '.join(VARIANTS)}")
@@ -269,19 +278,19 @@ class PiToMe:
             raise ValueError(f"margin={margin}: must be in [-1, 1], below 1 for the gaussian kernel")
 
     def hooks(self, info: ModelInfo) -> list[Hook]:
-        """One hook a block that merges, with its own ratio, margin and matching."""
+        """One hook a block that merges, with its own rate, margin and matching."""
         published = VARIANTS[self.variant]
         if self.layers is not None:
             layers = schedules.at_layers(self.layers, info.depth)
         else:
             last = info.depth if published.number is None else min(published.first + published.number, info.depth)
             layers = tuple(range(published.first, last))
-        ratios = self.ratio if isinstance(self.ratio, tuple) else (self.ratio,) * info.depth
-        ratios = (*ratios, *(1.0,) * (info.depth - len(ratios)))
+        rates = self.keep_rate if isinstance(self.keep_rate, tuple) else (self.keep_rate,) * info.depth
+        rates = (*rates, *(1.0,) * (info.depth - len(rates)))
         return [
-            Hook(published.where, layer, self._settled(layer, info.depth, ratios[layer]))
+            Hook(published.where, layer, self._settled(layer, info.depth, rates[layer]))
             for layer in layers
-            if ratios[layer] < 1
+            if rates[layer] < 1
         ]
 
     def _margins(self, depth: int) -> tuple[float, ...]:
@@ -289,7 +298,7 @@ class PiToMe:
         margin = published.margin if self.margin is None else self.margin
         return margins(margin, published.slope if self.slope is None else self.slope, depth)
 
-    def _settled(self, layer: int, depth: int, ratio: float) -> "PiToMe":
+    def _settled(self, layer: int, depth: int, keep_rate: float) -> "PiToMe":
         """The settings of one block, none of them None."""
         published = VARIANTS[self.variant]
         late = (depth + 1) // 2 if published.late_from == "half" else depth // 2 + 1
@@ -300,7 +309,7 @@ class PiToMe:
 
         return dataclasses.replace(
             self,
-            ratio=ratio,
+            keep_rate=keep_rate,
             layers=None,
             margin=self._margins(depth)[layer],
             slope=0.0,
@@ -309,10 +318,12 @@ class PiToMe:
         )
 
     def plan(self, tokens: Tokens, signals: Signals) -> Plan | None:
-        if isinstance(self.ratio, tuple):
-            raise ValueError(f"ratio={self.ratio}: a plan takes one number; `hooks` spreads a tuple over the blocks")
+        if isinstance(self.keep_rate, tuple):
+            raise ValueError(
+                f"keep_rate={self.keep_rate}: a plan takes one number; `hooks` spreads a tuple over the blocks"
+            )
         if None in (self.margin, self.matching, self.metric, self.kernel, self.how, self.proportional):
-            return self._settled(0, 1, self.ratio).plan(tokens, signals)
+            return self._settled(0, 1, self.keep_rate).plan(tokens, signals)
         p, n = tokens.prefix, tokens.length
         metric = mean_key(signals) if self.metric == "keys" else jax.lax.stop_gradient(tokens.x)
         merge = self._tome(metric, tokens) if self.matching == "tome" else self._by_energy(metric[:, p:], tokens)
@@ -325,13 +336,13 @@ class PiToMe:
 
     def _counts(self, most: int) -> Int[Array, "K"]:
         """`removed` for every number of tokens, from a table, since it rounds in double precision."""
-        assert not isinstance(self.ratio, tuple)
-        return jnp.asarray(np.array([removed(self.ratio, count) for count in range(most + 1)], np.int32))
+        assert not isinstance(self.keep_rate, tuple)
+        return jnp.asarray(np.array([removed(self.keep_rate, count) for count in range(most + 1)], np.int32))
 
     def _by_energy(self, metric: Float[Array, "B T D"], tokens: Tokens) -> HardMap | None:
-        assert not isinstance(self.ratio, tuple)
+        assert not isinstance(self.keep_rate, tuple)
         t, p = metric.shape[1], tokens.prefix
-        r = removed(self.ratio, t)
+        r = removed(self.keep_rate, t)
         if r == 0:
             return None
         valid = count = merged = None
@@ -349,8 +360,8 @@ class PiToMe:
         return behind_prefix(merge, p)
 
     def _tome(self, metric: Float[Array, "B N D"], tokens: Tokens) -> HardMap | None:
-        """ToMe's matching; the ratio is of all tokens, the prefix included."""
-        assert not isinstance(self.ratio, tuple)
-        r = removed(self.ratio, tokens.length)
+        """ToMe's matching; the rate is of all tokens, the prefix included."""
+        assert not isinstance(self.keep_rate, tuple)
+        r = removed(self.keep_rate, tokens.length)
         counts = None if tokens.valid is None else self._counts(tokens.length)[tokens.count()]
         return tome.bipartite(metric, r, prefix=tokens.prefix, valid=tokens.valid, counts=counts)

@@ -40,10 +40,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from tokjax.hooks import Hook, ModelInfo
 from tokjax.reducers.vit import pitome
-from tokjax.reducers.vit.staged import Staged, drawn, ranked, select
-from tokjax.reducers.vit.tome import proposals, similarity, unit
+from tokjax.reducers.vit.staged import Staged, drawn, others, ranked, select
+from tokjax.reducers.vit.tome import join, similarity, unit
 from tokjax.signals import Signals, attention_rows, importance, mean_key
-from tokjax.token_map import HardMap, Plan, rows
+from tokjax.token_map import Plan, first_true
 from tokjax.tokens import Tokens
 
 Score = Literal["cls_attention", "key_norm", "energy", "entropy", "random"]
@@ -68,11 +68,6 @@ def entropy(signals: Signals, block: int = 128) -> Float[Array, "B N"]:
     return jnp.concatenate(parts, 1)
 
 
-def best(values: Float[Array, "B n"]) -> Int[Array, "B"]:
-    """The highest, the lower index on ties."""
-    return proposals(values[:, None])[1][:, 0]
-
-
 def greedy(
     metric: Float[Array, "B n D"], weight: Float[Array, "B n"], valid: Bool[Array, "B n"], k: int
 ) -> Int[Array, "B k"]:
@@ -83,7 +78,8 @@ def greedy(
 
     def step(i, state):
         chosen, nearest, free = state
-        pick = best(jnp.where(free, nearest * weight, -1))
+        far = jnp.where(free, nearest * weight, -1)
+        pick = first_true(far == far.max(-1, keepdims=True))
         row = jnp.take_along_axis(distance, pick[:, None, None], 1)[:, 0]
         nearest = jnp.where(i == 0, row, jnp.minimum(nearest, row))
         free &= jnp.arange(n) != pick[:, None]
@@ -195,22 +191,5 @@ class Scored(Staged):
         kept = select(tokens, jnp.sort(chosen, -1))
         if self.rest == "drop":
             return Plan(kept, how="keep")
-        merge = join(mean_key(signals), kept.keep, p, tokens.valid)
+        merge, _ = join(mean_key(signals), kept.keep, others(kept.keep, n, tokens.valid), p)
         return Plan(merge, size=merge, how=self.how)
-
-
-def join(
-    metric: Float[Array, "B N D"], keep: Int[Array, "B M"], prefix: int, valid: Bool[Array, "B N"] | None
-) -> HardMap:
-    """Every (valid) token that is not kept goes to the most similar one that is, the prefix left out."""
-    n, m = metric.shape[1], keep.shape[1]
-    stays = jax.vmap(lambda row: jnp.zeros(n, bool).at[row].set(True, mode="drop"))(keep)
-    out = stays if valid is None else stays | ~valid
-    moved = jnp.argsort(out, axis=-1, stable=True)[:, : n - m]  # the others, in place order; a full row has most
-    if valid is not None:
-        moved = jnp.where(jnp.take_along_axis(out, moved, 1), n, moved)
-    features = unit(metric)
-    scores = similarity(rows(features, moved), rows(features, keep))
-    open_ = (jnp.arange(m) >= prefix) & (keep < n)
-    _, partner = proposals(jnp.where(open_[:, None], scores, -jnp.inf))
-    return HardMap(keep, moved, jnp.where(moved < n, partner, m), num_in=n)

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 import numpy as np
 
 from tokjax import schedules
@@ -130,7 +130,7 @@ class InputPatches:
     """Notes how many patches every row has, at the input: later on, other reducers may have changed the tokens."""
 
     def plan(self, tokens: Tokens, signals: Signals) -> Plan | None:
-        return None if NOTE in tokens.carry else Plan(carry={NOTE: tokens.count() - tokens.prefix})
+        return None if NOTE in tokens.carry else Plan(carry=noted(tokens))
 
 
 NOTE = "patches"
@@ -145,6 +145,11 @@ def noting(hooks: list[Hook]) -> list[Hook]:
 def input_patches(tokens: Tokens) -> Int[Array, "B"]:
     """Valid tokens behind the prefix that every row had at the input; has now, where nothing was noted there."""
     return tokens.carry.get(NOTE, tokens.count() - tokens.prefix)
+
+
+def noted(tokens: Tokens) -> dict[str, Array]:
+    """What a plan leaves in the carry: plans that are applied by hand, without hooks, note what the first one meets."""
+    return {NOTE: input_patches(tokens)}
 
 
 def ranked(tokens: Tokens, score: Float[Array, "B N"], counts: Int[Array, "B"] | None = None) -> Int[Array, "B P"]:
@@ -164,6 +169,14 @@ def behind(tokens: Tokens, order: Int[Array, "B P"], counts: Int[Array, "B"], nu
     place = counts[:, None] + jnp.arange(number)
     inside = place < tokens.count()[:, None] - tokens.prefix
     return jnp.where(inside, jnp.take_along_axis(order, jnp.minimum(place, order.shape[1] - 1), 1), tokens.length)
+
+
+def others(keep: Int[Array, "B M"], n: int, valid: Bool[Array, "B N"] | None) -> Int[Array, "B N-M"]:
+    """Every (valid) token of n that is not kept, in place order; N where a row has no more."""
+    stays = jax.vmap(lambda row: jnp.zeros(n, bool).at[row].set(True, mode="drop"))(keep)
+    out = stays if valid is None else stays | ~valid
+    moved = jnp.argsort(out, axis=-1, stable=True)[:, : n - keep.shape[1]]  # a full row has most
+    return moved if valid is None else jnp.where(jnp.take_along_axis(out, moved, 1), n, moved)
 
 
 def drawn(

@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 from tokjax import schedules
 from tokjax.hooks import Hook, ModelInfo
 from tokjax.signals import Signals, mean_key
-from tokjax.token_map import HardMap, Plan, behind_prefix, rows
+from tokjax.token_map import HardMap, Plan, behind_prefix, first_true, rows
 from tokjax.tokens import Tokens
 
 Matching = Literal["bipartite", "kth", "random"]
@@ -51,9 +51,25 @@ def pair_scores(metric: Float[Array, "B N D"], prefix: int = 0) -> Float[Array, 
 
 def proposals(scores: Float[Array, "B A E"]) -> tuple[Float[Array, "B A"], Int[Array, "B A"]]:
     """Similarity of every sender to its best receiver, and which one that is, the lower index on ties."""
-    best, place = scores.max(-1), jnp.arange(scores.shape[-1], dtype=jnp.float32)
-    # argmax, as two plain reductions: its own, over pairs, is not vectorised on CPU and takes five times as long.
-    return best, jnp.where(scores == best[..., None], place, place[-1]).min(-1).astype(jnp.int32)
+    best = scores.max(-1)
+    return best, first_true(scores == best[..., None])
+
+
+def join(
+    metric: Float[Array, "B N D"], keep: Int[Array, "B M"], moved: Int[Array, "B R"], prefix: int = 0
+) -> tuple[HardMap, Float[Array, "B R"]]:
+    """Every moved token goes to the most similar one that stays behind the prefix; also how similar it is.
+
+    An index of N is nobody, in either list. Of equal similarities the first slot counts.
+    """
+    n, m = metric.shape[1], keep.shape[1]
+    features = unit(metric)
+    scores = similarity(rows(features, moved), rows(features, keep))
+    open_ = (jnp.arange(m) >= prefix) & (keep < n)
+    best, partner = proposals(jnp.where(open_[:, None], scores, -jnp.inf))
+    somebody = moved < n
+    merge = HardMap(keep, moved, jnp.where(somebody, partner, m), num_in=n)
+    return merge, jnp.where(somebody & jnp.isfinite(best), best, 0)
 
 
 def bipartite(
@@ -135,10 +151,8 @@ def kth(metric: Float[Array, "B N D"], k: int) -> HardMap | None:
         return None
     place = jnp.arange(groups * k).reshape(groups, k)
     senders, receivers = place[:, :-1].reshape(-1), place[:, -1]
-    metric = unit(metric)
-    _, partner = proposals(similarity(metric[:, senders], metric[:, receivers]))
     keep, moved = (jnp.broadcast_to(i, (batch, len(i))) for i in (receivers, senders))
-    return HardMap(keep, moved, partner, num_in=n)
+    return join(metric, keep, moved)[0]
 
 
 def random(metric: Float[Array, "B N D"], r: int, uniform: Float[Array, "B N"]) -> HardMap | None:
@@ -148,9 +162,7 @@ def random(metric: Float[Array, "B N D"], r: int, uniform: Float[Array, "B N"]) 
     if r <= 0:
         return None
     order = jnp.argsort(uniform, axis=-1, stable=True)
-    metric = rows(unit(metric), order)
-    _, partner = proposals(similarity(metric[:, :r], metric[:, r:]))
-    return HardMap(order[:, r:], order[:, :r], partner, num_in=n)
+    return join(metric, order[:, r:], order[:, :r])[0]
 
 
 @dataclasses.dataclass(frozen=True)
