@@ -100,3 +100,16 @@ def test_encoders(kernel, tmp_path):
     assert "[-1, -1]" in text_of(cells["rope"])
     assert "valid:" in text_of(cells["naflex"]) and len(pictures_of(cells["naflex"])) == 1
     assert float(re.search(r"features: ([\d.]+)", text_of(cells["dense"]))[1]) > 0.7
+
+
+def test_compare(kernel, tmp_path):
+    cells = run("compare", kernel, tmp_path)
+    assert len(pictures_of(cells["figure"])) == 1 and len(pictures_of(cells["pictures"])) == 2
+    table = text_of(cells["table"])
+    accuracy = {name: float(re.search(rf"{name} .*?\| ([\d.]+) \|", table)[1]) for name in ("unreduced", "ToMe")}
+    assert 60 < accuracy["ToMe"] <= accuracy["unreduced"] + 1
+
+    solved = re.findall(r"(\w+)\(layers.*?: ([\d.]+) of the MACs", text_of(cells["pick"]))
+    assert [name for name, _ in solved] == ["tome", "evit"] and all(abs(float(s) - 0.4) < 0.02 for _, s in solved)
+    both, either = map(int, re.search(r"both: (\d+) of (\d+)", text_of(cells["together"])).groups())
+    assert 0 < both < either < 64 * 63 / 2

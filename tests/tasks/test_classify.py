@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tokjax import api, tasks
+from tokjax import api, reducers, tasks
 from tokjax.bench import report
 from tokjax.errors import UserError
 from tokjax.models.vit import ViTConfig, preset
@@ -188,6 +188,22 @@ def test_bench_without_a_model_says_random(tmp_path, capsys):
     rows = report.read_jsonl(tmp_path / "run" / "results.jsonl")
     assert [row["weights"] for row in rows] == ["random", "random"]
     assert rows[0]["speedup"] == 1.0 and rows[0]["peak_mb"] > 0
+    assert rows[1]["speedup_by_macs"] == rows[1]["speedup"] * rows[1]["macs_relative"] and 0 < rows[1]["overhead"] < 1
+
+
+def test_bench_at_one_cost(tmp_path, capsys):
+    config = config_of("bench_vit", "half")
+    shrink(config)
+    assert {method["name"] for method in config.bench.methods} == set(reducers.REGISTRY)
+    config.bench.batch_sizes, config.bench.repeats, config.bench.seconds = (2,), 1, 0.0
+    config.bench.methods = [m for m in config.bench.methods if m["name"] in ("topk", "sinkhorn")]
+    config.bench.macs = 0.6
+    tasks.make(config, tmp_path / "run", "").run("bench")
+    rows = {row["method"]: row for row in report.read_jsonl(tmp_path / "run" / "results.jsonl")}
+    assert rows["topk"]["macs_relative"] == pytest.approx(0.6, abs=0.02)
+    config.bench.macs = 0.01
+    tasks.make(config, tmp_path / "run", "").run("bench")
+    assert "topk reaches" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["ti/16", "s/16", "b/16", "l/16", "h/14"])

@@ -232,6 +232,7 @@ _known = [
     Column("mean_tokens", "tokens/layer", _number(lambda count: f"{count:.1f}")),
     Column("images_per_s", "images/s", _number(lambda rate: f"{rate:,.0f}" if rate >= 1000 else _digits(rate))),
     Column("speedup", "speed-up", _number(lambda factor: f"{factor:.2f}x")),
+    Column("speedup_by_macs", "of the MACs' ratio", _number(lambda share: f"{share:.2f}")),
     Column("overhead", "reducer's time %", _number(lambda share: f"{100 * share:.1f}")),
     Column("gain", "over the better control, points [95 %; * beyond noise]", _words),
     Column("filled", "slots filled %", _percent),

@@ -198,6 +198,8 @@ class Compare(classify.Classify):
                         columns, predicted = self.judged(found.model, name, whole=target in config.whole_targets)
                         # The solution's MACs are counted on a batch, where lengths depend on the data.
                         reached = {"macs": found.macs, "macs_relative": found.relative, "settings": found.settings}
+                        if reducers.entry(method["name"]).length == "dynamic":
+                            reached["mean_tokens"] = budget.mean_tokens(found.model, inputs)
                         row = {**describe(found.model, whole, method["label"]), **row, **reached, **columns}
                         self.record(model, row, predicted)
                     bar.update()
@@ -305,7 +307,7 @@ class Compare(classify.Classify):
         timed = {_cell(row): row for row in self._rows("speed", model)}
         known = ("images_per_s", "speedup", "overhead", "batch")
         rows = [
-            {**row, **_knob(row), **{key: timed[_cell(row)][key] for key in known if _cell(row) in timed}}
+            {**row, **knob_setting(row), **{key: timed[_cell(row)][key] for key in known if _cell(row) in timed}}
             for row in self._rows("compare", model)
         ]
         if not rows:
@@ -420,8 +422,8 @@ def _unreachable(found: budget.Solution | None, placement: str, target: float) -
     return None
 
 
-def _knob(row: Mapping[str, Any]) -> dict[str, str]:
-    """The setting without what the placement says already: the value of the knob, over blocks its mean."""
+def knob_setting(row: Mapping[str, Any]) -> dict[str, str]:
+    """`setting` of a recorded row without what its placement says already: the knob's value, over blocks its mean."""
     if "settings" not in row:
         return {}
     field = reducers.entry(row["name"]).knob.field

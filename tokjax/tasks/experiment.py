@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from tokjax import api, budget, data, reducers, viz
-from tokjax.bench import flops, report, timing
+from tokjax.bench import flops, profile, report, timing
 from tokjax.errors import UserError
 from tokjax.models.vit import Patches, ViTConfig, preset
 from tokjax.pretrained.preprocess import Preprocess
@@ -75,6 +75,7 @@ def default_config(task: str) -> ml_collections.ConfigDict:
 
     config.bench = bench = ml_collections.ConfigDict()  # fixed settings, timed side by side in one run
     bench.methods = ({"name": "tome", "label": "ToMe", "settings": {"r": 8}},)
+    bench.macs = config_dict.placeholder(float)  # a share of the MACs that every method's knob is turned to
     bench.batch_sizes = (1, 32)
     bench.repeats = 5
     bench.seconds = 0.5
@@ -477,40 +478,57 @@ class Experiment(abc.ABC):
         return self.encoder(model)
 
     def bench(self) -> None:
-        """Times the methods at fixed settings against the unreduced model, in one run for each batch size."""
+        """Times the methods at fixed settings, or at one cost, beside the unreduced model: one run a batch size."""
         config = self.config.bench
         try:
             base, weights = self.encoder(self.model()).unreduced, "trained"
         except UserError:
             base, weights = self.encoder(self.fresh()).unreduced, "random"
             print("There is no trained model: the timings are of random weights.")
-        with user_input():
-            reduced = {m["label"]: api.reduce(base, m["name"], **dict(m["settings"])) for m in config.methods}
-        models, whole = {"unreduced": base, **reduced}, base.cost()
-        columns = [column for column in report.COLUMNS if column != "accuracy"]
-        for batch in config.batch_sizes:
+
+        def random_inputs(batch: int) -> Any:
             images = jax.random.normal(jax.random.key(0), (batch, *base.config.image_size, base.config.channels))
-            inputs = self.inputs(base, {"image": images})
+            return self.inputs(base, {"image": images})
+
+        models, whole = {"unreduced": base}, base.cost()
+        for method in config.methods:
+            name, settings = method["name"], dict(method["settings"])
+            with user_input():
+                if config.macs is None:
+                    models[method["label"]] = api.reduce(base, name, **settings)
+                else:
+                    found = budget.solve(name, base, macs=config.macs, inputs=random_inputs(8), **settings)
+                    if found.reached:
+                        models[method["label"]] = found.model
+                    else:
+                        print(f"{method['label']} reaches {found.reachable[0]:.2f} to {found.reachable[1]:.2f} only")
+        columns = [column for column in report.COLUMNS if column != "accuracy"]
+        extra = ["speedup_by_macs", "overhead", "first_call_s", "peak_mb"]
+        for batch in config.batch_sizes:
+            inputs = random_inputs(batch)
             runs = {name: lambda each=each, inputs=inputs: each(inputs) for name, each in models.items()}
             with user_input():
                 times = timing.interleaved(runs, repeats=config.repeats, min_seconds=config.seconds)
             rows = []
             for name, each in models.items():
-                memory = timing.peak_memory(each.compiled(inputs))
+                compiled, described = each.compiled(inputs), describe(each, whole, name)
+                memory, speedup = timing.peak_memory(compiled), timing.ratio(times["unreduced"], times[name])
                 row = {
-                    **describe(each, whole, name),
+                    **described,
                     "batch": batch,
                     "dtype": base.config.dtype,
                     "weights": weights,
                     "images_per_s": batch / times[name].median_s,
-                    "speedup": timing.ratio(times["unreduced"], times[name]),
+                    "speedup": speedup,
+                    "speedup_by_macs": speedup * described["macs_relative"],
+                    "overhead": profile.reducer_share(compiled, runs[name]) if each.methods else None,
                     "first_call_s": round(times[name].first_call_s, 2),
                     "peak_mb": None if memory is None else round(memory / 1e6, 1),
                 }
                 rows.append(row)
                 report.append_jsonl(self.workdir / RESULTS, {"mode": "bench", **row, **timing.device_summary()})
             print(f"batch {batch}, {base.config.dtype}")
-            report.print_table(rows, columns, extra=["first_call_s", "peak_mb"], group=())
+            report.print_table(rows, columns, extra=extra, group=())
 
     def viz(self) -> None:
         """Pictures of what merged with what, the Pareto plot, and `report.html` with all of it."""
