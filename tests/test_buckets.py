@@ -104,7 +104,7 @@ def test_counts_of_the_input_go_along_with_their_rows():
 
 
 def test_state_of_tokens_cannot_be_regrouped():
-    with pytest.raises(ValueError, match=r"carry=\['gtp'\]: state of tokens between blocks"):
+    with pytest.raises(ValueError, match=r"carry='gtp': state of tokens between blocks"):
         buckets.Bucketed(tokjax.reduce(model(), "gtp", propagated=2), rows=4)(images(4))
 
 

@@ -97,39 +97,15 @@ class Usage:
     used: tuple[int, ...]
 
 
-@dataclasses.dataclass
-class Group:
-    """Rows that go on together.
-
-    Attributes:
-        tokens: of which `at` are the rows' own.
-        count: valid tokens of every row.
-        rows: their numbers in the batch.
-        at: their places in `tokens`.
-    """
-
-    tokens: Tokens
-    count: Int[np.ndarray, "R"]
-    rows: Int[np.ndarray, "R"]
-    at: Int[np.ndarray, "R"]
-
-
-def _scattered(parts: Sequence[tuple[np.ndarray, np.ndarray]], batch: int) -> np.ndarray:
-    """(rows, their values) in the order of the batch."""
-    out = np.empty((batch, *parts[0][1].shape[1:]), parts[0][1].dtype)
-    for rows, values in parts:
-        out[rows] = values
-    return out
-
-
 class Bucketed:
     """A model with data-dependent reducers whose programs have the length that the data need.
 
-    The rows of a batch are sorted by their count behind the first cut and go on in groups of neighbours.
+    At every cut the rows of a batch are sorted by their count and go on in groups of neighbours.
 
     Args:
         model: a ViT with at least one reducer of dynamic length.
-        capacities: token slots to choose from, prefix included; None: eighths of the input's length.
+        capacities: token slots to choose from, prefix included; an integer: so many equal steps up to the input's
+            length. Each that occurs has a program of its own: more of them waste less and compile for longer.
         rows: of a group.
         pack: whether rows share rows behind the last cut.
 
@@ -137,7 +113,7 @@ class Bucketed:
         ValueError: no dynamic reducer, capacities that do not hold the input, or a readout over several blocks.
     """
 
-    def __init__(self, model: Model, capacities: Sequence[int] | None = None, rows: int = 8, pack: bool = False):
+    def __init__(self, model: Model, capacities: Sequence[int] | int = 8, rows: int = 8, pack: bool = False):
         if not isinstance(model.config, ViTConfig):
             raise ValueError(f"model is of a {type(model.config).__name__}: must be of a ViTConfig")
         names = [m.name for m in model.methods if m.name in reducers.REGISTRY]
@@ -149,7 +125,8 @@ class Bucketed:
         if any(hook.where == "readout" for hook in model.hooks):
             raise ValueError(f"model={model!r}: has a readout over blocks of several lengths")
         length = model.info.length
-        capacities = [-(-length * k // 8) for k in range(1, 9)] if capacities is None else capacities
+        if isinstance(capacities, int):
+            capacities = [-(-length * k // capacities) for k in range(1, capacities + 1)]
         if rows < 1 or not capacities or min(capacities) < 1 or max(capacities) < length:
             raise ValueError(f"capacities={tuple(capacities)}, rows={rows}: must hold the input's {length} tokens")
         if pack and any(hook.layer >= cuts[-1] for hook in model.hooks):
@@ -174,60 +151,53 @@ class Bucketed:
                 be regrouped.
         """
         self.model.config.check(images)
-        params, batch = self.model.params, jax.tree.leaves(images)[0].shape[0]
+        params, length = self.model.params, self.model.info.length
         tokens, count = self._first(params, images, key)
         counts = [np.asarray(count)]
-        usage = [(batch * self.model.info.length,) * 2]
-        order = np.argsort(-counts[0], kind="stable")
-        order = np.concatenate([order, np.repeat(order[-1:], -batch % self.rows)])  # whole groups
-        groups = [Group(tokens, counts[0][rows], rows, rows) for rows in order.reshape(-1, self.rows)]
-        for span in self._spans[1:-1]:
-            usage.append(self._paid(groups))
-            groups = [self._advance(params, group, key, span) for group in groups]
-            counts.append(_scattered([(group.rows, group.count) for group in groups], batch))
-        span = self._spans[-1]
-        if self.pack:
-            logits, paid = self._run_packed(params, groups, span)
-            usage.append(paid)
-        else:
-            usage.append(self._paid(groups))
-            ended = [self._advance(params, group, key, span) for group in groups]
-            logits = _scattered([(group.rows, np.asarray(group.tokens)) for group in ended], batch)
-        return logits, Usage(np.stack(counts), *(tuple(map(int, column)) for column in zip(*usage, strict=True)))
+        place = np.arange(len(counts[0]))  # of every row of the batch in `tokens`
+        paid = [(len(place) * length,) * 2]
+        for span in self._spans[1:]:
+            count, last = counts[-1], span is self._spans[-1]
+            if last and self.pack:
+                logits, slots = self._run_packed(params, tokens, place, count)
+                paid.append((slots, count.sum()))
+                break
+            order = np.argsort(-count, kind="stable")
+            order = np.concatenate([order, np.repeat(order[-1:], -len(order) % self.rows)])  # whole groups
+            groups = order.reshape(-1, self.rows)
+            capacity = [choose(int(count[rows[0]]), self.capacities) for rows in groups]
+            paid.append((sum(capacity) * self.rows, count[order].sum()))
+            outs = [
+                self._next(params, tokens, place[rows], rows, key, capacity=slots, span=span)
+                for rows, slots in zip(groups, capacity, strict=True)
+            ]
+            joined = self._joined(outs)
+            place[order] = np.arange(len(order))
+            if last:
+                logits = np.asarray(joined)[place]
+            else:
+                tokens, counted = joined
+                counts.append(np.asarray(counted)[place])
+        return logits, Usage(np.stack(counts), *(tuple(map(int, column)) for column in zip(*paid, strict=True)))
 
-    def _paid(self, groups: "Sequence[Group]") -> tuple[int, int]:
-        capacity = [choose(int(group.count.max()), self.capacities) for group in groups]
-        return sum(capacity) * self.rows, sum(int(group.count.sum()) for group in groups)
-
-    def _advance(self, params, group: "Group", key, span) -> "Group":
-        capacity = choose(int(group.count.max()), self.capacities)
-        out, count = self._next(params, group.tokens, group.at, group.rows, key, capacity=capacity, span=span)
-        return Group(out, np.asarray(count), group.rows, np.arange(self.rows))
-
-    def _run_packed(self, params, groups: "Sequence[Group]", span):
-        """The last stretch, with all rows of the batch packed into as few as hold them."""
-        length = max(self.capacities)
-        whole = [self._next(params, g.tokens, g.at, g.rows, None, capacity=length, span=None)[0] for g in groups]
-        tokens, counts = self._joined(whole), np.concatenate([group.count for group in groups])
-        rows = np.concatenate([group.rows for group in groups])
-        fresh = np.unique(rows, return_index=True)[1]  # repeated rows, which fill groups, are not packed
-        packed = first_fit([int(counts[i]) for i in fresh], length)
-        step = max(1, len(fresh) // 8)  # one program for so many numbers of packed rows
+    def _run_packed(self, params, tokens: Tokens, place, counts):
+        """The last stretch, with all rows of the batch packed into as few as hold them; and the slots of these."""
+        length = tokens.length
+        packed = first_fit(counts.tolist(), length)
+        step = max(1, len(counts) // 8)  # one program for so many numbers of packed rows
         shape = -(-len(packed) // step) * step, length
-        source = np.full(shape, tokens.length * len(counts), np.int32)  # slot in the flat batch; beyond it: empty
+        source = np.full(shape, tokens.batch * length, np.int32)  # slot in the flat batch; beyond it: empty
         segment = np.full(shape, -1, np.int32)
-        back = np.full((len(counts), tokens.length), shape[0] * shape[1], np.int32)
+        back = np.full((len(counts), length), shape[0] * shape[1], np.int32)
         for row, members in enumerate(packed):
             at = 0
-            for number, member in enumerate(members):
-                i = fresh[member]
-                place = np.arange(counts[i])
-                source[row, at : at + counts[i]] = i * tokens.length + place
+            for number, i in enumerate(members):
+                slot = np.arange(counts[i])
+                source[row, at : at + counts[i]] = place[i] * length + slot
                 segment[row, at : at + counts[i]] = number
-                back[i, place] = row * length + at + place
+                back[i, slot] = row * length + at + slot
                 at += counts[i]
-        logits = self._shared(params, tokens, source, segment, back)
-        return _scattered([(rows[fresh], np.asarray(logits)[fresh])], len(fresh)), (shape[0] * length, counts.sum())
+        return np.asarray(self._shared(params, tokens, place, source, segment, back)), shape[0] * length
 
     # Programs
 
@@ -240,22 +210,20 @@ class Bucketed:
             vit, hooks = self._parts(params)
             context = Context(grid=self.model.info.grid, key=key)
             tokens = vit.stretch(vit.embed(images), hooks, context, self._spans[0])
-        return _settled(tokens), tokens.count()
+        return self._settled(tokens)
 
-    def _stretch(self, params, tokens: Tokens, at, rows, key, *, capacity: int, span: tuple[int, int] | None):
-        """The rows `at` of the tokens through the blocks of `span`; through none: only cut to the capacity."""
+    def _stretch(self, params, tokens: Tokens, place, rows, key, *, capacity: int, span: tuple[int, int]):
+        """The rows at `place`, which are `rows` of the batch, through the blocks of `span` in `capacity` slots."""
         with token_map.apply_form(self.model.form):
             vit, hooks = self._parts(params)
-            tokens = compact(jax.tree.map(lambda leaf: leaf[at], tokens), capacity)
-            if span is None:
-                return tokens, tokens.count()
+            tokens = jax.tree.map(lambda leaf: leaf[place][:, :capacity] if leaf.ndim > 1 else leaf[place], tokens)
             context = Context(grid=self.model.info.grid, key=key, rows=rows)
             tokens = vit.stretch(tokens, hooks, context, span)
             if span[1] == self.model.info.depth:
-                return vit.readout(Ran(tokens, None, None, None)).logits, tokens.count()
-        return _settled(tokens), tokens.count()
+                return vit.readout(Ran(tokens, None, None, None)).logits
+        return self._settled(tokens)
 
-    def _stretch_packed(self, params, tokens: Tokens, source, segment, back) -> Float[Array, "B K"]:
+    def _stretch_packed(self, params, tokens: Tokens, place, source, segment, back) -> Float[Array, "B K"]:
         vit, hooks = self._parts(params)
 
         def take(leaf, index):
@@ -267,13 +235,15 @@ class Bucketed:
         packed = tokens.replace(**shared, valid=segment >= 0, segment=segment, origin=None, carry={})
         context = Context(grid=self.model.info.grid)
         out = vit.stretch(packed, hooks, context, self._spans[-1])
-        apart = tokens.replace(x=take(out.x, back))
+        apart = jax.tree.map(lambda leaf: leaf[place], tokens).replace(x=take(out.x, back))
         return vit.readout(Ran(apart, None, None, None)).logits
 
+    def _settled(self, tokens: Tokens) -> tuple[Tokens, Int[Array, " B"]]:
+        """The valid tokens at the front of as many slots as the input has, without what was reported; their counts.
 
-def _settled(tokens: Tokens) -> Tokens:
-    """Without what was reported; a number for every row (such as its input patches) goes with the row."""
-    tied = [name for name, state in tokens.carry.items() if any(jnp.ndim(leaf) != 1 for leaf in jax.tree.leaves(state))]
-    if tied:
-        raise ValueError(f"carry={sorted(tied)}: state of tokens between blocks cannot be regrouped")
-    return tokens.replace(aux={})
+        A number for every row (such as its input patches) goes with the row.
+        """
+        for name, state in tokens.carry.items():
+            if any(jnp.ndim(leaf) != 1 for leaf in jax.tree.leaves(state)):
+                raise ValueError(f"carry={name!r}: state of tokens between blocks cannot be regrouped")
+        return compact(tokens.replace(aux={}), self.model.info.length), tokens.count()
