@@ -34,6 +34,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     if arg == "half":
         config.title = "ViT-S/16 at half of the MACs"
         config.bench.macs = 0.5
-        config.bench.methods = tuple({"name": name, "label": name, "settings": {}} for name in reducers.REGISTRY)
+        more = {"tomesd": {"merge_mlp": True}}  # its default, attention alone, cannot come so far down
+        config.bench.methods = tuple(
+            {"name": name, "label": name, "settings": more.get(name, {})} for name in reducers.REGISTRY
+        )
         config.bench.batch_sizes = (8, 32)
     return config

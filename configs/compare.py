@@ -4,6 +4,11 @@ python -m tokjax.main --config=configs/compare.py --config.data.path=FOLDER --wo
 
 FOLDER holds CIFAR-10 as parquet files. The model is the one in experiments/compare_vit, trained with
 configs/cifar10.py:deep; --config.init names another. The run may be stopped at any time and goes on where it was.
+
+python -m tokjax.main --config=configs/compare.py:lengths --config.data.path=FOLDER --workdir=runs/lengths
+
+runs reducers whose counts vary by image (ATS) with a mask alone, in buckets, and packed: 64 images of 64 x 64 pixels, 257
+tokens, half of the images made simple.
 """
 
 from pathlib import Path
@@ -14,13 +19,16 @@ from tokjax.tasks.compare import default_config
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-    """`arg` "short": four methods, two targets, few images."""
+    """`arg` "short": four methods, two targets, few images; "lengths": see above."""
     config = default_config()
     config.title = "Token reduction on CIFAR-10 at equal cost"
     config.init = str(Path(__file__).parents[1] / "experiments/compare_vit/model")
     config.eval_batch_size = 100
     config.data.source = "parquet"
     config.data.image_size = (32, 32)
+    if arg == "lengths":
+        config.mode = "lengths"
+        config.init_image_size = (64, 64)
     if arg == "short":
         some = ("tome", "evit", "random", "gtp")
         config.compare.methods = tuple(method for method in config.compare.methods if method["name"] in some)

@@ -282,6 +282,18 @@ def test_saved_model_comes_back(model, images, tmp_path):
     assert np.isfinite(half(jnp.zeros((1, 24, 16, 3)))).all()
 
 
+def test_saved_in_half_precision(model, images, tmp_path):
+    tokjax.save(model, tmp_path / "whole")
+    tokjax.save(model, tmp_path / "half", dtype="bfloat16")
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("whole", "half")]
+    assert 1.8 < sizes[0] / sizes[1] < 2.2
+    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), model.params)
+    same(tokjax.load(tmp_path / "half").params, rounded)
+    with pytest.raises(ValueError, match="dtype = 'int8'; allowed are float32, bfloat16, float16"):
+        tokjax.save(model, tmp_path / "half", dtype="int8")
+    same(tokjax.load(tmp_path / "half").params, rounded)
+
+
 def _module(model: tokjax.Model):
     return nnx.merge(model._graph, model.params)["model"]
 

@@ -535,15 +535,20 @@ def reduce(
     return model._rebuilt((*model.methods, made), form)
 
 
-def save(model: Model | DualModel, folder: str | Path) -> None:
+def save(model: Model | DualModel, folder: str | Path, *, dtype: str = "float32") -> None:
     """Writes weights, config, preprocessing and tokenizer as the model's family names them, and the reducers beside.
 
     All files appear or none, see `tokjax.writing.whole_folder`; files of other names in the folder stay as they are.
 
+    Args:
+        model: with or without reducers.
+        folder: made if it does not exist.
+        dtype: of the weights in the file, one of float32, bfloat16 and float16; a reducer's own stay in float32.
+
     Raises:
         UserError: `folder` is a file.
         ValueError: a reducer that `load` could not make again, because it is not registered or its settings are no
-            plain values; or a text encoder without its image encoder, which no family has.
+            plain values; a text encoder without its image encoder, which no family has; or another dtype.
     """
     folder, parts = Path(folder).expanduser(), dict(_parts(model))
     if isinstance(model, Model) and isinstance(model.config, TextConfig):
@@ -566,7 +571,7 @@ def save(model: Model | DualModel, folder: str | Path) -> None:
         for key, leaf in jax.tree.leaves_with_path(part.params.get("reducers", {}))
     }
     with whole_folder(folder, NAMES) as staged:
-        write_checkpoint(staged, config, params, model.preprocess, family=family, tokenizer=tokenizer)
+        write_checkpoint(staged, config, params, model.preprocess, family, tokenizer, dtype)
         if learned:
             write_whole(staged / REDUCER_WEIGHTS, lambda path: save_file(learned, path))
         if model.methods:

@@ -39,7 +39,8 @@ def ran(tmp_path_factory):
     config.lengths.batch = 12
     config.lengths.rows = 4
     config.lengths.rounds = config.lengths.calls = 1
-    compare.Compare(config, workdir, "a command").run("all")
+    for mode in ("all", "lengths"):
+        compare.Compare(config, workdir, "a command").run(mode)
     return workdir, config
 
 

@@ -30,6 +30,7 @@ from tokjax.pretrained import families, files, names
 from tokjax.pretrained.names import Config
 from tokjax.pretrained.positions import resize_positions
 from tokjax.pretrained.preprocess import Naflex, Preprocess, from_dict, to_processor
+from tokjax.pretrained.stored import BFLOAT16
 from tokjax.pretrained.tokenizer import FILES as TOKENIZER_FILES
 from tokjax.pretrained.tokenizer import Tokenizer
 from tokjax.writing import whole_folder, write_whole
@@ -37,6 +38,7 @@ from tokjax.writing import whole_folder, write_whole
 REDUCERS, REDUCER_WEIGHTS = "reducers.json", "reducers.safetensors"
 # All that a saved model may have, the weights first.
 NAMES = (files.WEIGHTS, files.CONFIG, files.PROCESSOR, *TOKENIZER_FILES, REDUCERS, REDUCER_WEIGHTS)
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": BFLOAT16, "float16": np.dtype(np.float16)}
 _KEY, _VERSION = "tokjax", 1
 
 
@@ -231,6 +233,7 @@ def save_checkpoint(
     preprocess: Preprocess | Naflex | None = None,
     family: str = "hf",
     tokenizer: Any = None,
+    dtype: str = "float32",
 ) -> None:
     """Writes `model.safetensors`, `config.json` and, if known, `preprocessor_config.json` and the tokenizer's files.
 
@@ -243,17 +246,18 @@ def save_checkpoint(
         folder: made if it does not exist. Files of `NAMES` in it are replaced or, where the model has none, removed
             (reducers too, which `tokjax.save` writes); others stay.
         config: of the model.
-        params: its parameter tree, numpy or jax arrays of any float type, written as float32; stacked blocks too.
+        params: its parameter tree, numpy or jax arrays of any float type; stacked blocks too.
         preprocess: from images to the model's input.
         family: whose form is preferred.
         tokenizer: from texts to the model's input.
+        dtype: of the weights in the file, one of float32, bfloat16 and float16.
 
     Raises:
-        ValueError: `params` are not those of `config` (the differences are listed), or an unknown family.
+        ValueError: `params` are not those of `config` (the differences are listed), an unknown family, or another dtype.
         UserError: `folder` is a file.
     """
     with whole_folder(Path(folder).expanduser(), NAMES) as staged:
-        write_checkpoint(staged, config, params, preprocess, family, tokenizer)
+        write_checkpoint(staged, config, params, preprocess, family, tokenizer, dtype)
 
 
 def write_checkpoint(
@@ -263,6 +267,7 @@ def write_checkpoint(
     preprocess: Preprocess | Naflex | None = None,
     family: str = "hf",
     tokenizer: Any = None,
+    dtype: str = "float32",
 ) -> None:
     """`save_checkpoint` into a folder that exists and is empty.
 
@@ -271,6 +276,8 @@ def write_checkpoint(
     """
     if family not in families.SIDES:
         raise ValueError(f"family = {family!r}; allowed are 'hf' and 'timm'.")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype = {dtype!r}; allowed are {', '.join(DTYPES)}.")
     form = families.to_save(config, family)
     rows = form.naming(config)
     tensors = names.write_tree(rows, shapes(config), _unstacked(params), config)
@@ -278,6 +285,7 @@ def write_checkpoint(
     if form.prefix and vision_of(config).num_classes:
         heads = tuple(rows[head].files[0] + "." for head in ("head", "head_dist") if head in rows)
         tensors = {name if name.startswith(heads) else form.prefix + name: value for name, value in tensors.items()}
+    tensors = {name: tensor.astype(DTYPES[dtype]) for name, tensor in tensors.items()}
     own = {
         "version": _VERSION,
         "format": form.name,

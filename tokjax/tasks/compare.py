@@ -80,7 +80,7 @@ def default_config() -> ml_collections.ConfigDict:
     # The official variant does not obey the law of padding, so that its outputs depend on the capacity.
     lengths.methods = ({"name": "ats", "label": "ATS", "settings": {"keep_rate": 0.98}},)
     lengths.batch = 64
-    lengths.rows = 16  # of a group that shares a capacity
+    lengths.rows = 8  # of a group that shares a capacity
     lengths.plain = 0.5  # share of the images that are made simple: their mean colours in a grid of two by two
     lengths.rounds = 7
     lengths.calls = 3
@@ -153,7 +153,7 @@ class Compare(classify.Classify):
     """Methods against each other, and against controls, at the same multiply-accumulates."""
 
     modes = (*classify.Classify.modes, "compare", "speed", "lengths", "report")
-    steps = ("compare", "speed", "lengths", "report")
+    steps = ("compare", "speed", "report")
 
     def methods(self) -> Iterator[tuple[Mapping[str, Any], str]]:
         """Every method with every placement, as the config names them.
