@@ -7,8 +7,8 @@ configs/cifar10.py:deep; --config.init names another. The run may be stopped at 
 
 python -m tokjax.main --config=configs/compare.py:lengths --config.data.path=FOLDER --workdir=runs/lengths
 
-runs reducers whose counts vary by image (ATS) with a mask alone, in buckets, and packed: 64 images of 64 x 64 pixels, 257
-tokens, half of the images made simple.
+runs reducers whose counts vary by image (ATS) with a mask alone, in buckets, and packed: 64 images of 64 x 64 pixels,
+257 tokens, half of the images made simple.
 """
 
 from pathlib import Path

@@ -253,7 +253,7 @@ def save_checkpoint(
         dtype: of the weights in the file, one of float32, bfloat16 and float16.
 
     Raises:
-        ValueError: `params` are not those of `config` (the differences are listed), an unknown family, or another dtype.
+        ValueError: `params` are not those of `config` (the differences are listed), an unknown family or dtype.
         UserError: `folder` is a file.
     """
     with whole_folder(Path(folder).expanduser(), NAMES) as staged:
