@@ -27,7 +27,7 @@ def kernel(tmp_path, monkeypatch) -> str:
     (folder / "kernel.json").write_text(json.dumps(spec))
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_llvm_disable_expensive_passes=true")  # one device; as in conftest.py
     return "tested"
 
 
