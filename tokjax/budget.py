@@ -41,6 +41,12 @@ class Solution:
         """Whether the target lies within reach; if not, the model has the nearest end of the range."""
         return self.reachable[0] <= self.target <= self.reachable[1]
 
+    @property
+    def unreachable(self) -> str | None:
+        """Why a table has no numbers at this target; None: it is within reach."""
+        low, high = self.reachable
+        return None if self.reached else f"reaches {low:.2f} to {high:.2f} of the MACs"
+
 
 @overload
 def solve(

@@ -200,10 +200,13 @@ def test_bench_at_one_cost(tmp_path, capsys):
     config.bench.macs = 0.6
     tasks.make(config, tmp_path / "run", "").run("bench")
     rows = {row["method"]: row for row in report.read_jsonl(tmp_path / "run" / "results.jsonl")}
-    assert rows["topk"]["macs_relative"] == pytest.approx(0.6, abs=0.02)
+    assert set(rows) == {"unreduced", "topk", "sinkhorn"}
+    assert all(rows[name]["macs_relative"] == pytest.approx(0.6, abs=0.02) for name in ("topk", "sinkhorn"))
     config.bench.macs = 0.01
-    tasks.make(config, tmp_path / "run", "").run("bench")
-    assert "topk reaches" in capsys.readouterr().out
+    tasks.make(config, tmp_path / "far", "").run("bench")
+    rows = report.read_jsonl(tmp_path / "far" / "results.jsonl")
+    assert [row["method"] for row in rows if "unreachable" in row] == ["topk", "sinkhorn"]
+    assert "not reachable: reaches 0." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["ti/16", "s/16", "b/16", "l/16", "h/14"])

@@ -285,7 +285,7 @@ def write_checkpoint(
     if form.prefix and vision_of(config).num_classes:
         heads = tuple(rows[head].files[0] + "." for head in ("head", "head_dist") if head in rows)
         tensors = {name if name.startswith(heads) else form.prefix + name: value for name, value in tensors.items()}
-    tensors = {name: tensor.astype(DTYPES[dtype]) for name, tensor in tensors.items()}
+    tensors = {name: tensor.astype(DTYPES[dtype], copy=False) for name, tensor in tensors.items()}
     own = {
         "version": _VERSION,
         "format": form.name,

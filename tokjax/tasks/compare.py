@@ -414,12 +414,10 @@ def _unreachable(found: budget.Solution | None, placement: str, target: float) -
     """Why a target has no numbers; None: it has."""
     if found is None:
         return f"has no {placement} form"
-    if not found.reached:
-        low, high = found.reachable
-        return f"reaches {low:.2f} to {high:.2f} of the MACs"
-    if abs(found.relative - target) > FAR:  # such as ATS, which at its dearest still drops what it drew twice
+    # Such as ATS, which at its dearest still drops what it drew twice.
+    if found.reached and abs(found.relative - target) > FAR:
         return f"comes no nearer than {found.relative:.2f} of the MACs"
-    return None
+    return found.unreachable
 
 
 def knob_setting(row: Mapping[str, Any]) -> dict[str, str]:

@@ -454,9 +454,8 @@ class Experiment(abc.ABC):
             name, label = method["name"], method["label"]
             start = {"method": label, "target": target, "control": reducers.entry(name).control}
             found = self.solve(method, model, target)
-            if not found.reached:
-                low, high = found.reachable
-                return {**start, "unreachable": f"reaches {low:.2f} to {high:.2f} of the MACs"}
+            if found.unreachable:
+                return {**start, "unreachable": found.unreachable}
             return {**start, **describe(found.model, whole, label), **measured(found.model, label)}
 
         work = [(None, None), *((method, target) for target in config.targets for method in config.methods)]
@@ -490,18 +489,18 @@ class Experiment(abc.ABC):
             images = jax.random.normal(jax.random.key(0), (batch, *base.config.image_size, base.config.channels))
             return self.inputs(base, {"image": images})
 
-        models, whole = {"unreduced": base}, base.cost()
+        models, whole, missing = {"unreduced": base}, base.cost(), []
         for method in config.methods:
-            name, settings = method["name"], dict(method["settings"])
+            name, label, settings = method["name"], method["label"], dict(method["settings"])
             with user_input():
                 if config.macs is None:
-                    models[method["label"]] = api.reduce(base, name, **settings)
-                else:
-                    found = budget.solve(name, base, macs=config.macs, inputs=random_inputs(8), **settings)
-                    if found.reached:
-                        models[method["label"]] = found.model
-                    else:
-                        print(f"{method['label']} reaches {found.reachable[0]:.2f} to {found.reachable[1]:.2f} only")
+                    models[label] = api.reduce(base, name, **settings)
+                    continue
+                found = budget.solve(name, base, macs=config.macs, inputs=random_inputs(8), **settings)
+            if found.unreachable:
+                missing.append({"method": label, "target": config.macs, "unreachable": found.unreachable})
+            else:
+                models[label] = found.model
         columns = [column for column in report.COLUMNS if column != "accuracy"]
         extra = ["speedup_by_macs", "overhead", "first_call_s", "peak_mb"]
         for batch in config.batch_sizes:
@@ -526,6 +525,8 @@ class Experiment(abc.ABC):
                     "peak_mb": None if memory is None else round(memory / 1e6, 1),
                 }
                 rows.append(row)
+            rows += [{**row, "batch": batch} for row in missing]
+            for row in rows:
                 report.append_jsonl(self.workdir / RESULTS, {"mode": "bench", **row, **timing.device_summary()})
             print(f"batch {batch}, {base.config.dtype}")
             report.print_table(rows, columns, extra=extra, group=())
