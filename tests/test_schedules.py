@@ -86,3 +86,30 @@ def test_keep_rate_ramp_goes_down_a_cosine():
     assert rate(10 + 40) == rate(10_000) == 0.7
     values = [rate(i) for i in range(60)]
     assert values == sorted(values, reverse=True)
+
+
+@pytest.mark.parametrize("kind", ["constant", "falling", "rising", "geometric", "staged"])
+def test_courses_start_at_all_and_never_rise(kind):
+    assert schedules.course(kind, 0, 64, 12) == (64,) * 12
+    for strength in (0.3, 0.9, 5):
+        left = schedules.course(kind, strength, 64, 12)
+        assert all(a >= b >= 1 for a, b in itertools.pairwise((64, *left)))
+        halved = schedules.course(kind, strength, 64, 12, halving=True)
+        assert all(2 * b >= a for a, b in itertools.pairwise((64, *halved)))
+
+
+def test_courses_by_hand():
+    assert schedules.course("constant", 0.75, 64, 4) == (52, 40, 28, 16)
+    assert schedules.course("falling", 0.75, 64, 4) == (40, 24, 16, 16)  # 24, 16, 8, 0 of 48
+    assert schedules.course("rising", 0.75, 64, 4) == (64, 56, 40, 16)
+    assert schedules.course("geometric", math.log(16), 64, 4) == (32, 16, 8, 4)
+    assert schedules.course("staged", math.log(8), 64, 4) == (64, 32, 16, 8)
+    assert schedules.course("constant", 4, 64, 4) == (1, 1, 1, 1)
+    assert schedules.course("constant", 4, 64, 4, halving=True) == (32, 16, 8, 4)
+
+
+def test_courses_refuse():
+    with pytest.raises(ValueError, match="kind='steep'"):
+        schedules.course("steep", 1, 64, 12)
+    with pytest.raises(ValueError, match=r"strength=-0\.1"):
+        schedules.course("constant", -0.1, 64, 12)

@@ -2,6 +2,9 @@
 
 from collections.abc import Sequence
 import math
+from typing import Literal, get_args
+
+Course = Literal["constant", "falling", "rising", "geometric", "staged"]
 
 
 def constant(r: int, depth: int) -> tuple[int, ...]:
@@ -83,3 +86,41 @@ def keep_rate_ramp(iteration: int, iterations_per_epoch: int, *, base: float, st
     if done >= total:
         return base
     return base + (1 - base) * (math.cos(math.pi * done / total) + 1) / 2
+
+
+def course(kind: Course, strength: float, patches: int, depth: int, *, halving: bool = False) -> tuple[int, ...]:
+    """Patches that are left after every block, by one of the hand-set schedules of the literature.
+
+    Args:
+        kind: "constant", "falling" and "rising" remove strength * patches over all blocks: the same in every block, or
+            linearly fewer or more from block to block (ToMe's `inflect` of 0, -1, 1); "geometric" keeps the same share
+            in every block, exp(-strength) of the patches in all; "staged" the same at the three blocks of `stages` only.
+        strength: at least 0; 0 removes nothing. At least one patch stays.
+        patches: at the input.
+        depth: number of blocks.
+        halving: whether no block may remove more than half of what it meets, as bipartite merging.
+
+    Raises:
+        ValueError: an unknown kind, or a negative strength.
+    """
+    if kind not in get_args(Course):
+        raise ValueError(f"kind={kind!r}: must be one of {', '.join(get_args(Course))}")
+    if not strength >= 0:
+        raise ValueError(f"strength={strength}: must be at least 0")
+    steps = range(1, depth + 1)
+    if kind == "geometric":
+        shares = [math.exp(-strength * i / depth) for i in steps]
+    elif kind == "staged":
+        at = stages(depth)
+        shares = [math.exp(-strength * sum(layer < i for layer in at) / len(at)) for i in steps]
+    else:
+        weights = {"constant": [1] * depth, "falling": [depth - i for i in steps], "rising": [i - 1 for i in steps]}[
+            kind
+        ]
+        whole = max(1, sum(weights))
+        shares = [1 - strength * sum(weights[:i]) / whole for i in steps]
+    left = [patches]
+    for share in shares:
+        fewest = (left[-1] + 1) // 2 if halving else 1
+        left.append(min(left[-1], max(1, fewest, int(patches * share + 0.5))))
+    return tuple(left[1:])
