@@ -94,7 +94,7 @@ def course(kind: Course, strength: float, patches: int, depth: int, *, halving: 
     Args:
         kind: "constant", "falling" and "rising" remove strength * patches over all blocks: the same in every block, or
             linearly fewer or more from block to block (ToMe's `inflect` of 0, -1, 1); "geometric" keeps the same share
-            in every block, exp(-strength) of the patches in all; "staged" the same at the three blocks of `stages` only.
+            in every block, exp(-strength) of the patches in all; "staged" does so at the three blocks of `stages` only.
         strength: at least 0; 0 removes nothing. At least one patch stays.
         patches: at the input.
         depth: number of blocks.
