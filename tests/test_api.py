@@ -263,6 +263,31 @@ def test_what_a_reducer_has_learned_stays_when_another_comes(model, images):
     assert far(trained(images), learned(images))
 
 
+LEARNING = sorted(name for name, entry in tokjax.reducers.REGISTRY.items() if entry.training)
+
+
+@pytest.mark.parametrize("name", LEARNING)
+def test_a_learning_model_has_the_parameters_of_the_model(model, name):
+    entry = tokjax.reducers.entry(name)
+    reduced = tokjax.reduce(tokjax.reduce(model, "tome", r=1), name, **entry.example)
+    reduced = reduced.with_params(jax.tree.map(lambda x: x + 1, reduced.params))
+    learning = reduced.learning()
+    same(learning.params, reduced.params)
+    fresh = learning.unreduced
+    fresh = tokjax.reduce(tokjax.reduce(fresh, "tome", r=1), name, **{**entry.example, **entry.training})
+    assert jax.tree.structure(fresh.params) == jax.tree.structure(learning.params)
+    assert learning.methods[0] == reduced.methods[0]
+    assert learning.methods[1].settings == {**entry.example, **entry.training}
+
+
+def test_a_learning_model_masks_instead_of_pruning(model, images):
+    reduced = tokjax.reduce(model, "dynamicvit", keep_rate=0.5)
+    learning = reduced.learning()
+    assert reduced.token_counts()[-1] < learning.token_counts()[-1] == model.info.length
+    assert np.isfinite(learning(images)).all()
+    assert model.learning() is model
+
+
 # Files
 
 

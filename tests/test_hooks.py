@@ -204,3 +204,16 @@ def test_two_methods_reduce_in_one_block():
     plan = topk(whole, before)
     np.testing.assert_array_equal(after.key, rows(before.key, plan.map.keep))
     np.testing.assert_array_equal(kept.x, rows(whole.x, plan.map.keep))
+
+
+def test_losses_are_summed_by_name_over_the_sites():
+    aux = {
+        "00.a": {"loss/ratio": jnp.float32(0.5), "kept": 3},
+        "01.a": {"loss/ratio": jnp.bfloat16(0.25), "loss/flops": jnp.arange(2.0)},
+        "02.b": {},
+    }
+    terms = hk.losses(aux)
+    assert terms.keys() == {"ratio", "flops"} and all(term.dtype == jnp.float32 for term in terms.values())
+    assert terms["ratio"] == 0.75
+    np.testing.assert_array_equal(terms["flops"], [0.0, 1.0])
+    assert hk.losses({}) == {}

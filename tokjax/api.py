@@ -245,6 +245,15 @@ class Model:
         """The same parameters without any reducer."""
         return self if not self.methods else self._rebuilt(())
 
+    def learning(self) -> "Model":
+        """The same parameters with every reducer in the form in which it learns, see `reducers.Entry.training`."""
+        if not any(_training(method) for method in self.methods):
+            return self
+        methods = [_in_training(method, self.info) for method in self.methods]
+        module: Any = nnx.merge(self._graph, self.params)["model"]
+        other = Model(module, methods, preprocess=self.preprocess, family=self.family, form=self.form)
+        return other.with_params(self.params)
+
     def _rebuilt(self, methods: Sequence[Method], form: token_map.Form | None = None) -> "Model":
         parts: Any = nnx.merge(self._graph, self.params)
         learned = parts["reducers"]  # as `params` has them now
@@ -267,6 +276,18 @@ class Model:
         c, info = self.config, self.info
         size = f"{c.width}x{c.depth}, {info.prefix}+{info.length - info.prefix} tokens"
         return f"Model({MODULES[type(c)].__name__} {size}, {methods or 'no reducer'})"
+
+
+def _training(method: Method) -> Mapping[str, Any]:
+    registered = reducers.REGISTRY.get(method.name)
+    return {} if registered is None else registered.training
+
+
+def _in_training(method: Method, info: ModelInfo) -> Method:
+    if not (training := _training(method)):
+        return method
+    settings = {**method.settings, **training}
+    return Method(method.name, settings, reducers.create(method.name, info, **settings))
 
 
 class DualModel:
@@ -311,6 +332,10 @@ class DualModel:
     def unreduced(self) -> "DualModel":
         """The same parameters without any reducer."""
         return self.replace(vision=self.vision.unreduced, text=self.text.unreduced) if self.methods else self
+
+    def learning(self) -> "DualModel":
+        """The same parameters with every reducer in the form in which it learns."""
+        return self.replace(vision=self.vision.learning(), text=self.text.learning())
 
     def replace(self, vision: Model | None = None, text: Model | None = None) -> "DualModel":
         """The same with another image or text encoder."""

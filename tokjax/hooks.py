@@ -1,11 +1,12 @@
 """Where a model lets reducers in. A method is a list of hooks; hooks at one site run in list order."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 from typing import Any, Literal, Protocol, get_args
 
 from flax import struct
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from tokjax import token_map
@@ -47,6 +48,11 @@ class Logits(struct.PyTreeNode):
     """What a `readout` gives that is a classifier of its own: in place of the model's logits, not of its pooling."""
 
     value: Float[Array, "B K"]
+
+
+LOSS = (
+    "loss/"  # what a plan's aux has below it, of shape [] or [B], is a term of the training loss, its weight included
+)
 
 
 class Reducer(Protocol):
@@ -162,6 +168,24 @@ def around(
         with _scope(hook):
             y = plan.map.unmerge(y)
     return y, _note(hook, plan, tokens.replace(carry=inner.carry, aux=inner.aux))
+
+
+def losses(aux: Mapping[str, Mapping[str, Any]]) -> dict[str, Float[Array, "*B"]]:
+    """The terms that the reducers of a model add to its training loss, by name, each summed over the sites.
+
+    Args:
+        aux: `out.tokens.aux` of a forward pass: for every site what its plan noted; `loss/<name>` there is a term.
+
+    Returns:
+        float32, of shape [] for the whole batch, or [B] for every row of it.
+    """
+    terms: dict[str, Array] = {}
+    for noted in aux.values():
+        for name, value in noted.items():
+            if name.startswith(LOSS):
+                term = name.removeprefix(LOSS)
+                terms[term] = terms.get(term, 0.0) + jnp.asarray(value, jnp.float32)
+    return terms
 
 
 def _scope(hook: Hook):

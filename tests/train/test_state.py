@@ -176,3 +176,70 @@ def test_frozen_parameters_stay_and_cost_no_gradient():
 def test_names_that_the_step_reports_are_taken():
     with pytest.raises(ValueError, match="'grad_norm', which the step reports itself"):
         make_step(lambda params, batch, key: (params["w"].sum(), {"grad_norm": 0.0}), SGD)(start(), rows(1.0))
+
+
+# Moving statistics
+
+
+def moving(params, batch, key):
+    """A batch norm's way: the loss looks at the batch only, `mean` follows it with momentum 0.5."""
+    mean = params["norm"]["mean"] + 0.5 * (batch["image"].mean(0) - params["norm"]["mean"])
+    value, metrics = quadratic(params, batch, key)
+    return value, {**metrics, "statistics": {"norm": {"mean": mean}}}
+
+
+def moving_start(**options):
+    params = {"w": np.zeros(3, np.float32), "norm": {"mean": np.zeros(3, np.float32), "scale": np.ones(3, np.float32)}}
+    cfg = {"lr": 0.1, "weight_decay": 0.1}
+    optimiser, frozen = optimisers.make_optimiser(cfg, 10, params), optimisers.frozen(cfg, params)
+    return TrainState.create(params, optimiser, jax.random.key(0), **options), optimiser, frozen
+
+
+def test_moving_statistics_are_written_after_the_update():
+    state, optimiser, frozen = moving_start(ema=True)
+    assert frozen["norm"] == {"mean": True, "scale": False}
+    moments = [leaf.shape for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
+    assert len(moments) == 4  # two of w, two of scale
+    state, metrics = make_step(moving, optimiser, frozen=frozen, ema_decay=0.9)(state, rows(1.0, 3.0))
+    np.testing.assert_allclose(state.params["norm"]["mean"], 1.0)
+    np.testing.assert_allclose(state.ema["norm"]["mean"], 0.9)  # the average is at (1 + 0) / (10 + 0)
+    assert "statistics" not in metrics
+
+
+def test_moving_statistics_are_averaged_over_the_parts():
+    state, optimiser, frozen = moving_start()
+    step = make_step(moving, optimiser, frozen=frozen, accumulate=2)
+    state, _ = step(state, rows(1.0, 2.0, 3.0, 6.0))  # parts of means 2 and 4
+    np.testing.assert_allclose(state.params["norm"]["mean"], 1.5)
+
+
+def test_moving_statistics_stay_where_a_step_is_skipped():
+    state, optimiser, frozen = moving_start()
+    step = make_step(moving, optimiser, frozen=frozen)
+    state, _ = step(state, rows(1.0))
+    state, metrics = step(state, rows(np.nan))
+    assert metrics["skipped"] == 1
+    np.testing.assert_allclose(state.params["norm"]["mean"], 0.5)
+
+
+def test_statistics_that_are_not_finite_skip_the_step():
+    def overflows(params, batch, key):
+        return params["w"].sum(), {"statistics": {"norm": {"mean": jnp.full(3, jnp.inf)}}}
+
+    state, optimiser, _ = moving_start()
+    state, metrics = make_step(overflows, optimiser)(state, rows(1.0))
+    assert metrics["skipped"] == 1 and (state.params["w"] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("statistics", "message"),
+    [
+        ({"norm": {"var": jnp.ones(3)}}, "'norm/var', which params do not have"),
+        ({"norm": {"mean": jnp.ones(2)}}, r"\(2,\) at 'norm/mean/', where params have \(3,\)"),
+        ({"norm": jnp.ones(3)}, r"\(3,\) at 'norm/', where params have a tree"),
+    ],
+)
+def test_statistics_that_do_not_fit(statistics, message):
+    state, optimiser, _ = moving_start()
+    with pytest.raises(ValueError, match=message):
+        make_step(lambda p, batch, key: (p["w"].sum(), {"statistics": statistics}), optimiser)(state, rows(1.0))

@@ -146,6 +146,8 @@ class Entry:
         conserves: whether sizes are tracked and add up to what they were.
         neutral: settings with which it does nothing.
         learned: whether it has parameters; it is made with the `ModelInfo` of its model as the first argument.
+        training: settings that it has while it learns (masks in place of pruning), with the same parameters.
+        losses: names of the terms that it then adds to the loss, see `tokjax.hooks.losses`.
         example: settings for the contract tests, where the defaults would not reduce 17 tokens.
         exempt: laws of the contract tests that do not hold, with the reason.
     """
@@ -161,6 +163,8 @@ class Entry:
     control: bool = False
     conserves: bool = False
     learned: bool = False
+    training: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    losses: tuple[str, ...] = ()
     example: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     exempt: Mapping[Law, str] = dataclasses.field(default_factory=dict)
 
@@ -323,6 +327,7 @@ REGISTRY: dict[str, Entry] = {
         knob=TABLED_RATE,
         neutral={"keep_rate": 1.0},
         learned=True,
+        training={"masked": True},
     ),
     "dpcknn": Entry(
         make=DPCKNN,

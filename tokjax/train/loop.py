@@ -128,6 +128,7 @@ def train(
     """
     # What runs.
     cfg, workdir = TrainConfig.of(cfg), Path(workdir)
+    frozen = optimisers.frozen(cfg.optimiser, init_params)
     optimiser = optimisers.make_optimiser(cfg.optimiser, cfg.total_steps, init_params)
     learning_rate = optimisers.schedule(cfg.optimiser, cfg.total_steps)
 
@@ -141,7 +142,7 @@ def train(
         optimiser,
         ema_decay=cfg.ema_decay,
         accumulate=cfg.optimiser.accumulate,
-        frozen=optimisers.frozen(cfg.optimiser, init_params) if cfg.optimiser.frozen else None,
+        frozen=frozen if any(jax.tree.leaves(frozen)) else None,
         state_sharding=sharding,
     )
 

@@ -16,6 +16,7 @@ from tokjax.train.config import OptimiserConfig
 
 # Stacked blocks give a bias two axes, so rank alone does not tell what a parameter is: its name does too.
 UNDECAYED = frozenset({"bias", "scale", "gamma", "cls_token", "dist_token", "reg_token", "pos_embed"})
+STATISTICS = frozenset({"mean", "var"})  # moving statistics of norms: the step writes them, no gradient does
 
 
 def path_name(path: tuple[Any, ...]) -> str:
@@ -69,7 +70,7 @@ def decayed(params: Any) -> Any:
 
 
 def frozen(cfg: Any, params: Any) -> Any:
-    """Which parameters are not trained.
+    """Which parameters are not trained: those that the config names, and the moving statistics of batch norms.
 
     Args:
         cfg: an OptimiserConfig, or a ConfigDict with its fields; there is said what an expression of `frozen` matches.
@@ -87,7 +88,8 @@ def frozen(cfg: Any, params: Any) -> Any:
     for pattern, hit in hits.items():
         if not any(hit):
             raise UserError(f"optimiser.frozen has {pattern!r}, which is the path of no parameter; {_some(names)}")
-    mask = [any(hit) for hit in zip(*hits.values(), strict=True)] if hits else [False] * len(names)
+    moving = [name.rpartition("/")[2] in STATISTICS for name in names]
+    mask = [any(hit) for hit in zip(moving, *hits.values(), strict=True)]
     if all(mask):
         raise UserError(f"optimiser.frozen is {cfg.frozen!r}, which leaves nothing to train; {_some(names)}")
     return jax.tree.unflatten(jax.tree.structure(params), mask)
@@ -119,7 +121,8 @@ def make_optimiser(cfg: Any, total_steps: int, params: Any) -> optax.GradientTra
     adamw = optax.adamw(
         schedule(cfg, total_steps), cfg.b1, cfg.b2, cfg.eps, weight_decay=cfg.weight_decay, mask=decayed
     )
-    labels = jax.tree.map(lambda fixed: "frozen" if fixed else "trained", frozen(cfg, params))
-    if not cfg.frozen:
+    fixed = frozen(cfg, params)
+    if not any(jax.tree.leaves(fixed)):
         return optax.chain(clip, adamw)
+    labels = jax.tree.map(lambda one: "frozen" if one else "trained", fixed)
     return optax.partition({"trained": optax.chain(clip, adamw), "frozen": optax.set_to_zero()}, labels)

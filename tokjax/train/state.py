@@ -12,7 +12,8 @@ import optax
 from tokjax.errors import UserError
 
 Batch = Mapping[str, Any]
-Metrics = dict[str, Float[Array, ""]]
+Metrics = dict[str, Any]  # scalars by name, and new moving statistics under STATISTICS
+STATISTICS = "statistics"
 LossFn = Callable[[Any, Batch, Key[Array, ""]], tuple[Float[Array, ""], Metrics]]
 
 
@@ -71,6 +72,24 @@ class TrainState:
         return self.params if self.ema is None else self.ema
 
 
+def written(params: PyTree[Array], values: Mapping[Any, Any], place: str = "") -> PyTree[Array]:
+    """The tree with other values at the places that `values`, a part of it, has.
+
+    Raises:
+        ValueError: a place that the tree does not have, or another shape there.
+    """
+    if not isinstance(values, Mapping):
+        if isinstance(params, Mapping) or jnp.shape(params) != jnp.shape(values):
+            has = "a tree" if isinstance(params, Mapping) else jnp.shape(params)
+            raise ValueError(f"metrics['{STATISTICS}'] has {jnp.shape(values)} at {place!r}, where params have {has}")
+        return jnp.asarray(values, params.dtype)
+    for name in values:
+        if not isinstance(params, Mapping) or name not in params:
+            raise ValueError(f"metrics['{STATISTICS}'] has {place + str(name)!r}, which params do not have")
+    new = {name: written(params[name], part, f"{place}{name}/") for name, part in values.items()}
+    return {**params, **new}
+
+
 def make_step(
     loss_fn: LossFn,
     optimiser: optax.GradientTransformation,
@@ -87,10 +106,13 @@ def make_step(
 
     Args:
         loss_fn: (params, batch, key) -> (loss, metrics), a scalar and a dict of scalars that are means over the batch.
+            `metrics["statistics"]`, where there is one, is a part of the tree of params with new values for moving
+            statistics (of batch norms), which are written over the parameters after the update, whatever it did there.
         optimiser: as from `make_optimiser`.
         ema_decay: of the moving average; None for a state without one.
         accumulate: split the batch into this many parts, one after the other, and average their gradients and metrics.
             The update is that of the whole batch where every row counts alike; part i draws from `fold_in(key, i)`.
+            Moving statistics are averaged too: each part starts from those before the step.
         frozen: a bool per parameter, as from `optimisers.frozen`: their gradients are not computed.
         state_sharding: of the returned state, one Sharding or a tree of them; None: up to the compiler.
 
@@ -100,7 +122,8 @@ def make_step(
 
     Raises:
         UserError: when first called with a batch that does not divide into `accumulate` parts.
-        ValueError: when first called, if loss_fn's metrics use one of these names.
+        ValueError: when first called, if loss_fn's metrics use one of these names, or if its statistics are not at the
+            place and of the shape of parameters.
     """
 
     def differentiable(params: Any, batch: Batch, key: Any) -> Any:
@@ -133,11 +156,14 @@ def make_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
         (loss, metrics), grads = gradients(state.params, batch, key)
+        metrics = dict(metrics)
+        statistics = metrics.pop(STATISTICS, {})
         grad_norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        numbers = [loss, grad_norm, *jax.tree.leaves(statistics)]
+        finite = jnp.stack([jnp.isfinite(x).all() for x in numbers]).all()
 
         updates, opt_state = optimiser.update(grads, state.opt_state, state.params)
-        params, ema = optax.apply_updates(state.params, updates), state.ema
+        params, ema = written(optax.apply_updates(state.params, updates), statistics), state.ema
         if ema_decay is not None:
             decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
             # In this form an average that has arrived stays where it is, bit for bit.
