@@ -8,7 +8,7 @@ Importing it switches JAX's persistent compilation cache on, unless one is set o
 `tokjax.reducers.tome(r=13).plan(Tokens(...), Signals(...))` and `apply(plan, tokens)` work on anybody's arrays.
 """
 
-from tokjax import reducers
+from tokjax import reducers, relax
 from tokjax.api import DualModel, Model, Trace, build, load, reduce, save
 from tokjax.compilation import enable_cache
 from tokjax.signals import Context, Signals
@@ -34,5 +34,6 @@ __all__ = [
     "load",
     "reduce",
     "reducers",
+    "relax",
     "save",
 ]

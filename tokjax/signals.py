@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from tokjax.relax import policy_softmax
 from tokjax.tokens import Tokens
 
 Queries = slice | Int[Array, "Q"]
@@ -120,11 +121,7 @@ def attention_rows(signals: Signals, queries: Queries = slice(None)) -> Float[Ar
         return _select(signals.weights, queries, 2).astype(jnp.float32)
     l, rule = logits(signals, queries), signals.rule
     if rule.normaliser == "policy":
-        policy = signals.need("policy").astype(jnp.float32)[:, None, None]
-        n = policy.shape[-1]
-        own = _select(jnp.eye(n), queries, 0)
-        e = jnp.exp(l - jax.lax.stop_gradient(l.max(-1, keepdims=True))) * (policy + (1 - policy) * own)
-        return (e + 1e-6 / n) / (e.sum(-1, keepdims=True) + 1e-6)
+        return policy_softmax(l, signals.need("policy")[:, None], queries)
     if signals.lse is not None:
         return jnp.exp(l - jnp.moveaxis(_select(signals.lse, queries, 1), 1, 2)[..., None])
     if rule.normaliser == "softmax1":
