@@ -1,6 +1,7 @@
 """Baselines on vision transformers: prunings in a block, whole small models, learned mergers, clusters, patterns."""
 
 import dataclasses
+import functools
 import math
 import re
 from typing import Any
@@ -23,6 +24,7 @@ from tokjax.reducers.vit.topk import TopK
 from tokjax.signals import Signals, attention_rows
 from tokjax.token_map import Plan, apply, identity, rows
 from tokjax.tokens import Tokens
+from tokjax.train import losses
 
 INPUTS = (
     *("x", "keep_rate", "fuse", "num_heads", "param.*"),
@@ -31,12 +33,11 @@ INPUTS = (
     *("images", "patch_size", "mlp_ratio", "stage_wise", "reduction_loc", "keep_ratio", "gumbel_noise*"),
     *("*.param.*", "num_out", "sinkhorn.centers_before", "*.eps", "*.iters", "num_tokens"),
     *("num_clusters", "k_neighbours", "uniform_noise", "token_weight", "kmedoids_weights", "kmedoids_iters"),
-    *("kmedoids_uniform_first_center",),
+    *("kmedoids_uniform_first_center", "labels", "teacher_*"),
 )
 MODEL = (0.0, 3e-5)
+WEIGHT = 2.0  # of the ratio loss
 TOLERANCE = {"*logits": MODEL, "train_patch_features": MODEL, "block*": MODEL, "*": (0.0, 1e-5)}
-LATER = "the losses of DynamicViT come with the training of learned reducers"
-EXCUSED = {"labels": LATER, "loss*": LATER, "grad_*": LATER, "teacher_*": LATER}
 
 
 def first_row_of_duplicates(inputs):
@@ -194,50 +195,75 @@ def model_of(arrays, **fields):
     return cfg, graphdef, params, images
 
 
+@dataclasses.dataclass(frozen=True)
+class Told:
+    """A location that notes what the predictor says of all tokens, or decides with the noise that it is given."""
+
+    stage: Any
+    noise: Any = None
+
+    def plan(self, tokens, seen):
+        every = jnp.ones((tokens.batch, tokens.length - 1))
+        return self.stage.plan(tokens, seen).replace(aux={"logprob": self.stage.predictor(tokens.x[:, 1:], every)})
+
+    def decide(self, tokens, seen):
+        return self.stage.decide(tokens, seen, self.noise)
+
+
 def dynamic_vit(arrays):
-    cfg, graphdef, params, images = model_of(arrays)
-    locations = tuple(arrays["reduction_loc"].tolist())
-    reducer = dynamicvit.DynamicViT(cfg.info, decimal(arrays["keep_ratio"][0]), locations)
-    for i, stage in enumerate(reducer.stages):
-        of = f"param.score_predictor.{i}"
-        inner = {
-            "norm": torch_params.tree(arrays, f"{of}.in_conv.0."),
-            "inner": torch_params.tree(arrays, f"{of}.in_conv.1."),
-        }
-        outer = {j: torch_params.tree(arrays, f"{of}.out_conv.{2 * j}.") for j in range(3)}
-        nnx.update(stage.predictor, {**inner, "out": outer})
-
-    @dataclasses.dataclass(frozen=True)
-    class Told:
-        """A location with the vectors' noise, which notes what the predictor said."""
-
-        location: int
-
-        def plan(self, tokens, seen):
-            stage = reducer.stages[self.location]
-            every = jnp.ones((tokens.batch, tokens.length - 1))
-            return stage.plan(tokens, seen).replace(aux={"logprob": stage.predictor(tokens.x[:, 1:], every)})
-
-        def decide(self, tokens, seen):
-            return reducer.stages[self.location].decide(tokens, seen, arrays[f"gumbel_noise{self.location}"])
-
-    masked = dynamicvit.DynamicViT(cfg.info, 0.7, locations, masked=True).hooks(cfg.info)
-    attends = [dataclasses.replace(hook, reducer=reducer.stages[0]) for hook in masked if hook.where == "attend"]
-    forms = {
-        "eval": [Hook("before_block", layer, Told(i)) for i, layer in enumerate(locations)],
-        "train": [Hook("before_block", layer, Told(i), "decide") for i, layer in enumerate(locations)] + attends,
+    cfg, vit, params, images = model_of(arrays)
+    locations, rate = tuple(arrays["reduction_loc"].tolist()), decimal(arrays["keep_ratio"][0])
+    reducers = {
+        form: nnx.split(dynamicvit.DynamicViT(cfg.info, rate, locations, masked=form == "train", ratio_weight=WEIGHT))[
+            0
+        ]
+        for form in ("eval", "train")
     }
-    ours = {}
-    for form, hooks in forms.items():
-        out = jax.jit(lambda params, images, hooks=hooks: nnx.merge(graphdef, params)(images, hooks))(params, images)
-        ours[f"{form}_logits"] = out.logits
-        for i, layer in enumerate(locations):
-            notes = out.tokens.aux[f"{layer:02d}.before_block.Told"]
-            ours |= {f"{form}.predictor{i}.logprob": notes["logprob"], f"{form}.decision{i}": notes.get("decision")}
+    params = {"model": params, "reducer": {"stages": {i: predictor(arrays, i) for i in range(len(locations))}}}
+
+    def forward(form, params):
+        reducer = nnx.merge(reducers[form], params["reducer"])
+        told = {i: Told(stage, arrays.get(f"gumbel_noise{i}")) for i, stage in enumerate(reducer.stages)}
+        hooks = [
+            dataclasses.replace(hook, reducer=told[locations.index(hook.layer)])
+            if hook.where == "before_block"
+            else hook
+            for hook in reducer.hooks(cfg.info)
+        ]
+        return nnx.merge(vit, params["model"])(images, hooks)
+
+    def loss(params):
+        out = forward("train", params)
+        kept, features = out.tokens.carry[dynamicvit.DECISION], out.features[:, 1:]
+        parts = {
+            "loss_cls": losses.cross_entropy(out.logits, arrays["labels"].astype(np.int32)),
+            "loss_cls_kl": losses.distillation(out.logits, arrays["teacher_logits"]),
+            "loss_token": losses.token_distillation(features, arrays["teacher_patch_tokens"], kept),
+        }
+        ratio = sum(out.tokens.aux[site]["loss/ratio"].mean() for site in out.tokens.aux if "before_block" in site)
+        total = parts["loss_cls"] + ratio + 0.5 * (parts["loss_cls_kl"] + parts["loss_token"])
+        return total, (out, parts | {"loss": total, "loss_ratio_sum": ratio * len(locations) / WEIGHT})
+
+    (_, (out, ours)), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    outs = {"eval": jax.jit(functools.partial(forward, "eval"))(params), "train": out}
+    for i, layer in enumerate(locations):
+        notes = {form: out.tokens.aux[f"{layer:02d}.before_block.Told"] for form, out in outs.items()}
+        ours |= {f"{form}.predictor{i}.logprob": noted["logprob"] for form, noted in notes.items()}
+        last = gradient["reducer"]["stages"][i]["predictor"]["out"][2]["kernel"]
+        ours |= {f"train.decision{i}": notes["train"]["decision"], f"grad_predictor{i}.out_last_weight": last.T}
     return ours | {
+        **{f"{form}_logits": out.logits for form, out in outs.items()},
         "train_patch_features": out.features[:, 1:],
         "final_mask": out.tokens.carry[dynamicvit.DECISION][..., None],
+        "grad_pos_embed": gradient["model"]["pos_embed"],
     }
+
+
+def predictor(arrays, i):
+    of = f"param.score_predictor.{i}"
+    norm, inner = (torch_params.tree(arrays, f"{of}.in_conv.{part}.") for part in (0, 1))
+    out = {j: torch_params.tree(arrays, f"{of}.out_conv.{2 * j}.") for j in range(3)}
+    return {"predictor": {"norm": norm, "inner": inner, "out": out}}
 
 
 def evo_vit(arrays):

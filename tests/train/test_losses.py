@@ -6,7 +6,7 @@ from jax.sharding import AxisType, PartitionSpec
 import numpy as np
 import pytest
 
-from tokjax.train.losses import accuracy, clip_loss, cross_entropy, siglip_loss
+from tokjax.train.losses import accuracy, clip_loss, cross_entropy, distillation, siglip_loss, token_distillation
 
 RNG = np.random.default_rng(0)
 LOGITS = RNG.normal(size=(5, 7)).astype(np.float32) * 3
@@ -233,3 +233,37 @@ def test_the_scale_learns():
     grads = jax.grad(lambda s, b: siglip_loss(jnp.array(IMAGE), jnp.array(TEXT), s, b), (0, 1))(10.0, -10.0)
     assert all(jnp.isfinite(g) and g != 0 for g in grads)
     assert jax.grad(lambda s: clip_loss(jnp.array(IMAGE), jnp.array(TEXT), s))(10.0) != 0
+
+
+def test_distillation_is_a_divergence_over_the_valid_rows():
+    rng = np.random.default_rng(0)
+    ours, theirs = (jnp.asarray(rng.normal(size=(3, 4)), jnp.float32) for _ in range(2))
+    p, q = (np.exp(np.asarray(x) / 2) / np.exp(np.asarray(x) / 2).sum(1, keepdims=True) for x in (theirs, ours))
+    rows = 4 * (p * np.log(p / q)).sum(1)
+    np.testing.assert_allclose(distillation(ours, theirs, temperature=2.0), rows.mean(), rtol=1e-5)
+    valid, broken = jnp.array([True, True, False]), ours.at[2].set(jnp.nan)
+    value, gradient = jax.value_and_grad(distillation)(broken, theirs, valid, 2.0)
+    np.testing.assert_allclose(value, rows[:2].mean(), rtol=1e-5)
+    np.testing.assert_allclose(gradient[:2], (q - p)[:2] * 2 / 2, atol=1e-6)
+    np.testing.assert_array_equal(gradient[2], 0)
+    assert distillation(ours, theirs, jnp.zeros(3, bool)) == 0
+    assert not np.any(jax.grad(distillation, 1)(ours, theirs))
+    np.testing.assert_allclose(distillation(ours, ours), 0, atol=1e-7)
+    with pytest.raises(ValueError, match=r"temperature is 0; it must be above 0"):
+        distillation(ours, theirs, temperature=0)
+
+
+def test_token_distillation_counts_the_kept_tokens_of_the_valid_rows():
+    rng = np.random.default_rng(1)
+    ours, theirs = (jnp.asarray(rng.normal(size=(2, 3, 4)), jnp.float32) for _ in range(2))
+    kept = jnp.array([[1.0, 0, 1], [0, 1, 1]])
+    apart = np.square(np.asarray(ours - theirs)).mean(-1)
+    expected = (apart * kept).sum() / 4
+    np.testing.assert_allclose(token_distillation(ours.at[0, 1].set(jnp.nan), theirs, kept), expected, rtol=1e-5)
+    only = token_distillation(ours, theirs, kept, jnp.array([False, True]))
+    np.testing.assert_allclose(only, apart[1, 1:].mean(), rtol=1e-5)
+    assert token_distillation(ours, theirs, jnp.zeros((2, 3))) == 0
+    with pytest.raises(ValueError, match=r"kept is \(2, 4\); for these features it must be \(2, 3\)"):
+        token_distillation(ours, theirs, jnp.ones((2, 4)))
+    with pytest.raises(ValueError, match=r"features are \(2, 3, 4\) and teacher \(2, 2, 4\)"):
+        token_distillation(ours, theirs[:, :2], kept)

@@ -1,5 +1,7 @@
 """Losses and counts in float32, over the valid rows of a batch."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -56,6 +58,76 @@ def cross_entropy(
         targets = labels.astype(jnp.float32)
         rows = -(targets * jnp.where(targets == 0, 0.0, logp)).sum(axis=1)
     return jnp.where(valid, rows, 0.0).sum() / jnp.maximum(valid.sum(), 1)
+
+
+def distillation(
+    logits: Float[Array, "B K"],
+    teacher: Float[Array, "B K"],
+    valid: Bool[Array, "B"] | None = None,
+    temperature: float = 1.0,
+) -> Float[Array, ""]:
+    """Mean Kullback-Leibler divergence of the student's classes from the teacher's, over the valid rows.
+
+    Source: Hinton et al. 2015, arXiv 1503.02531, section 2: both softmaxes at a temperature, whose square multiplies
+    the loss, so that gradients keep their size.
+
+    Args:
+        logits: the student's.
+        teacher: the teacher's; no gradient.
+        valid: rows that count; None: all. What others hold changes nothing.
+        temperature: above 0; 1 compares the distributions as they are.
+
+    Returns:
+        float32 []; 0 where no row is valid.
+
+    Raises:
+        ValueError: shapes that do not fit, or a temperature that is not above 0.
+    """
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}; it must be above 0 and finite")
+    valid = _rows(teacher, logits, valid)
+    logits, teacher = (jnp.where(valid[:, None], x.astype(jnp.float32), 0.0) for x in (logits, teacher))
+    wanted = jax.nn.log_softmax(jax.lax.stop_gradient(teacher) / temperature)
+    given = jax.nn.log_softmax(logits / temperature)
+    # A class of probability 0 adds 0 even where its logit is -inf.
+    apart = jnp.where(jnp.exp(wanted) == 0, 0.0, wanted - given)
+    rows = (jnp.exp(wanted) * apart).sum(axis=1) * temperature**2
+    return jnp.where(valid, rows, 0.0).sum() / jnp.maximum(valid.sum(), 1)
+
+
+def token_distillation(
+    features: Float[Array, "B N C"],
+    teacher: Float[Array, "B N C"],
+    kept: Float[Array, "B N"],
+    valid: Bool[Array, "B"] | None = None,
+) -> Float[Array, ""]:
+    """Mean squared error of the features of the tokens that are kept, over these tokens of all rows and over channels.
+
+    Source: Rao et al. 2021, arXiv 2106.02034, section 3.4 (DynamicViT); features after the final norm.
+
+    Args:
+        features: the student's, token by token; C channels.
+        teacher: of the same tokens, unreduced; no gradient.
+        kept: which tokens count, above 1/2; no gradient.
+        valid: rows that count; None: all. What others hold, and what is dropped, changes nothing.
+
+    Returns:
+        float32 []; 0 where nothing is kept.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    if features.ndim != 3 or features.shape != teacher.shape:
+        raise ValueError(f"features are {features.shape} and teacher {teacher.shape}; both must be [B, N, C]")
+    if kept.shape != features.shape[:2]:
+        raise ValueError(f"kept is {kept.shape}; for these features it must be {features.shape[:2]}")
+    if valid is not None and valid.shape != features.shape[:1]:
+        raise ValueError(f"valid is {valid.shape}; for these features it must be {features.shape[:1]}")
+    counted = kept > 0.5 if valid is None else (kept > 0.5) & valid[:, None]
+    ours, theirs = (
+        jnp.where(counted[..., None], x.astype(jnp.float32), 0.0) for x in (features, jax.lax.stop_gradient(teacher))
+    )
+    return jnp.square(ours - theirs).sum() / (jnp.maximum(counted.sum(), 1) * features.shape[2])
 
 
 def accuracy(

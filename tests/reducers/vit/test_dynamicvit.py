@@ -88,6 +88,7 @@ def test_masking_keeps_the_length_notes_decisions_and_learns():
     reducer = DynamicViT(CFG.info, 0.5, layers=(0, 1), masked=True)
     hooks = reducer.hooks(CFG.info)
     assert [(h.where, h.layer) for h in hooks] == [
+        ("input", 0),
         *(("before_block", i) for i in (0, 1)),
         *(("attend", i) for i in (0, 1, 2)),
     ]
@@ -108,6 +109,51 @@ def test_masking_keeps_the_length_notes_decisions_and_learns():
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(jax.grad(rate)(params)))
 
 
+def test_the_ratio_loss_is_of_each_rows_own_share():
+    valid = jnp.arange(17) < jnp.array([[17], [9]])
+    tokens, info = tokens_of(valid=valid), CFG.info
+    signals = Signals(context=Context(key=jax.random.key(0)))
+    for settings, targets in (
+        ({"keep_rate": 0.5}, (0.5, 0.25)),
+        ({"kept": (6, 4)}, ((6 / 16, 6 / 8), (4 / 16, 4 / 8))),
+    ):
+        reducer = DynamicViT(info, layers=(0, 1), masked=True, ratio_weight=3.0, **settings)
+        now = tokens
+        for stage, target in zip(reducer.stages, targets, strict=True):
+            plan = stage.decide(now, signals)
+            share = np.asarray(plan.aux["decision"]).sum(1) / (16, 8)
+            np.testing.assert_allclose(plan.aux["loss/ratio"], 3 / 2 * (share - np.array(target)) ** 2, rtol=1e-5)
+            now = apply(plan, now)
+    empty = tokens.replace(valid=jnp.arange(17) < jnp.array([[1], [9]]))  # a row without patches
+    assert np.isfinite(reducer.stages[0].decide(empty, signals).aux["loss/ratio"]).all()
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_masking_without_draws_keeps_what_pruning_keeps(padded):
+    """The same parameters in both forms, whole models: as many tokens, the same features."""
+    rng = np.random.default_rng(4)
+    graphdef, state = nnx.split(ViT(CFG, rngs=nnx.Rngs(0)))
+    model = nnx.merge(graphdef, jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.3, x.shape), jnp.float32), state))
+    pruning = DynamicViT(CFG.info, 0.6, layers=(1, 2))
+    learned = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.5, x.shape), jnp.float32), nnx.state(pruning))
+    masking = DynamicViT(CFG.info, 0.6, layers=(1, 2), masked=True, sampled=False)
+    images = jnp.asarray(rng.normal(size=(2, 16, 16, 3)), jnp.float32)
+    valid = jnp.arange(17) < jnp.array([[17], [10]]) if padded else None
+    outs = []
+    for reducer in (pruning, masking):
+        nnx.update(reducer, learned)
+        hooks = reducer.hooks(CFG.info)
+        run = jax.jit(
+            lambda images, hooks=hooks: model.encode(model.embed(images).replace(valid=valid).traced(), hooks)
+        )
+        outs.append(run(images))
+    pruned, masked = outs
+    kept = np.asarray(masked.tokens.carry[dynamicvit.DECISION])
+    np.testing.assert_array_equal(kept.sum(1).round(), (5, 3) if padded else (5, 5))
+    np.testing.assert_array_equal(kept > 0.5, np.asarray(pruned.tokens.origin)[:, 1:] < pruned.tokens.length)
+    np.testing.assert_allclose(masked.logits, pruned.logits, atol=1e-4 * np.abs(pruned.logits).max())
+
+
 def test_a_row_draws_the_same_with_padding_and_without():
     reducer, rng = DynamicViT(CFG.info, 0.5, layers=(1,), masked=True), np.random.default_rng(3)
     signals, tokens = Signals(context=Context(key=jax.random.split(jax.random.key(1), 2))), tokens_of()
@@ -125,5 +171,7 @@ def test_a_row_draws_the_same_with_padding_and_without():
 
 def test_keeping_all_does_nothing_and_parameters_fit_one_width():
     assert DynamicViT(CFG.info, 1.0).hooks(CFG.info) == [] == DynamicViT(CFG.info, 1.0, masked=True).hooks(CFG.info)
+    with pytest.raises(ValueError, match="ratio_weight=-1: must be at least 0 and finite"):
+        DynamicViT(CFG.info, ratio_weight=-1)
     with pytest.raises(ValueError, match="width=8: these parameters were made for width=16"):
         DynamicViT(CFG.info).hooks(dataclasses.replace(CFG.info, width=8))

@@ -12,7 +12,8 @@ int(keep_rate**(j+1) * patches), from best to worst.
 Masking (`masked=True`, for training): every token stays in the sequence; a hard Gumbel-softmax decides with a
 straight-through gradient, and once dropped is dropped for good. From the first location on, attention is the policy
 softmax (eq. 10): dropped tokens are keys to themselves only. `aux` has the log-probabilities and the decision of every
-location, for the losses on the rate and on the distilled tokens.
+location, and its share of the ratio loss (section 3.4), `loss/ratio`. The last decision, which the distillation of
+tokens asks for, stays in the carry. With `sampled=False` no noise is drawn: masking then keeps what pruning keeps.
 
 Where we follow the code against the text:
 - The epsilon of the global feature is added to the mean, not to its divisor.
@@ -24,11 +25,12 @@ Cost: about 1.6 C^2 a token at each location, an eighth of a block.
 
 from collections.abc import Sequence
 import dataclasses
+import math
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from tokjax.hooks import Hook, ModelInfo
 from tokjax.reducers.vit.mergers import layer_norm, linear, locations
@@ -71,6 +73,17 @@ def keep_decision(
     return (hard + soft - jax.lax.stop_gradient(soft)) * previous
 
 
+def best_decision(
+    logprob: Float[Array, "B n 2"], counts: Int[Array, "B"], previous: Float[Array, "B n"]
+) -> Float[Array, "B n"]:
+    """1 for the best of each row's tokens that were kept so far, 0 for the others; the same gradient."""
+    score = jnp.where(previous > 0, jax.lax.stop_gradient(logprob[..., 0]), -jnp.inf)
+    rank = jnp.argsort(jnp.argsort(-score, axis=-1, stable=True), axis=-1, stable=True)
+    soft = jnp.exp(logprob[..., 0])
+    hard = (rank < counts[:, None]).astype(jnp.float32)
+    return (hard + soft - jax.lax.stop_gradient(soft)) * previous
+
+
 def decision(tokens: Tokens) -> Float[Array, "B n"]:
     """The last decision; what was put behind the tokens since then (caches) is kept."""
     told: Array = tokens.carry[DECISION]
@@ -85,8 +98,10 @@ def gumbel_pairs(key: Array, shape: tuple[int, ...]) -> Float[Array, "N 2"]:
 class Pruner(nnx.Module):
     """One location."""
 
-    def __init__(self, width: int, layer: int, schedule: Tabled, *, rngs: nnx.Rngs):
-        self.layer, self.schedule = layer, schedule
+    def __init__(
+        self, width: int, layer: int, schedule: Tabled, weight: float = 0.0, sampled: bool = True, *, rngs: nnx.Rngs
+    ):
+        self.layer, self.schedule, self.weight, self.sampled = layer, schedule, weight, sampled
         self.predictor = Predictor(width, rngs=rngs)
 
     def _patches(self, tokens: Tokens) -> tuple[Float[Array, "B n C"], Float[Array, "B n"]]:
@@ -107,11 +122,23 @@ class Pruner(nnx.Module):
         """The masking form; `noise`: standard Gumbel, where it is not given that of a row's own tokens (`drawn`)."""
         z, inside = self._patches(tokens)
         previous = decision(tokens) if DECISION in tokens.carry else inside
-        if noise is None:
-            noise = drawn(tokens, signals, self.layer, 0, gumbel_pairs)[:, tokens.prefix :]
         logprob = self.predictor(z, previous)
-        kept = keep_decision(logprob, noise, previous)
-        return Plan(carry={DECISION: kept}, aux={"logprob": logprob, "decision": kept})
+        if self.sampled:
+            if noise is None:
+                noise = drawn(tokens, signals, self.layer, 0, gumbel_pairs)[:, tokens.prefix :]
+            kept = keep_decision(logprob, noise, previous)
+        else:
+            kept = best_decision(logprob, self.schedule.row_counts(tokens), previous)
+        own = inside.sum(1)
+        share = (kept * inside).sum(1) / jnp.maximum(own, 1)
+        loss = self.weight * jnp.where(own == 0, 0, (share - self.target(tokens)) ** 2)
+        return Plan(carry={DECISION: kept}, aux={"logprob": logprob, "decision": kept, "loss/ratio": loss})
+
+    def target(self, tokens: Tokens) -> float | Float[Array, "B"]:
+        """The share that shall be kept: a power of the rate, not rounded to whole tokens; or what `kept` comes to."""
+        if self.schedule.kept is None:
+            return self.schedule.keep_rate ** (self.schedule.location + 1)
+        return self.schedule.row_counts(tokens) / jnp.maximum(tokens.count() - tokens.prefix, 1)
 
     def attend(self, tokens: Tokens, signals: Signals) -> Signals:
         """The policy softmax of the last decision."""
@@ -128,7 +155,13 @@ class DynamicViT(nnx.Module):
         layers: blocks before which it prunes; None: three evenly spread ones, 3, 6, 9 of 12.
         kept: tokens that a location keeps, in place of keep_rate.
         masked: whether to mask instead of to prune, for training.
+        sampled: whether masking decides by a draw; else it keeps as many of the best as pruning does.
+        ratio_weight: of the ratio loss, `loss/ratio` [B]: the mean over the locations of the squared difference between
+            the share of a row's tokens that is kept and the target; the published 2, and 5 for DeiT-B.
         seed: of the initial parameters.
+
+    Raises:
+        ValueError: a negative weight, or settings that `Tabled` refuses.
     """
 
     def __init__(
@@ -138,12 +171,18 @@ class DynamicViT(nnx.Module):
         layers: Sequence[int] | None = None,
         kept: int | Sequence[int] | None = None,
         masked: bool = False,
+        sampled: bool = True,
+        ratio_weight: float = 2.0,
         seed: int = 0,
     ):
+        if not 0 <= ratio_weight < math.inf:
+            raise ValueError(f"ratio_weight={ratio_weight}: must be at least 0 and finite")
         hooks = locations(info, keep_rate, layers, kept)
         rngs = nnx.Rngs(seed)
         self.width, self.masked = info.width, masked
-        self.stages = nnx.List([Pruner(info.width, hook.layer, hook.reducer, rngs=rngs) for hook in hooks])
+        each = ratio_weight / max(len(hooks), 1)
+        stages = [Pruner(info.width, hook.layer, hook.reducer, each, sampled, rngs=rngs) for hook in hooks]
+        self.stages = nnx.List(stages)
 
     def hooks(self, info: ModelInfo) -> list[Hook]:
         if info.width != self.width:
@@ -154,4 +193,4 @@ class DynamicViT(nnx.Module):
         if hooks:
             first = self.stages[0]
             hooks += [Hook("attend", layer, first, "attend") for layer in range(first.layer, info.depth)]
-        return hooks
+        return noting(hooks)
