@@ -328,6 +328,7 @@ REGISTRY: dict[str, Entry] = {
         neutral={"keep_rate": 1.0},
         learned=True,
         training={"masked": True},
+        losses=("ratio",),
     ),
     "dpcknn": Entry(
         make=DPCKNN,
