@@ -36,7 +36,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         config.bench.macs = 0.5
         more = {"tomesd": {"merge_mlp": True}}  # its default, attention alone, cannot come so far down
         config.bench.methods = tuple(
-            {"name": name, "label": name, "settings": more.get(name, {})} for name in reducers.REGISTRY
+            {"name": name, "label": name, "settings": more.get(name, {})}
+            for name, entry in reducers.REGISTRY.items()
+            if not entry.guided
         )
         config.bench.batch_sizes = (8, 32)
     return config

@@ -25,6 +25,7 @@ from tokjax.models.transformer import Blocks, LayerTrace, Output, skeleton
 from tokjax.models.vit import Patches, ViT, ViTConfig
 from tokjax.pretrained.checkpoint import NAMES, REDUCER_WEIGHTS, REDUCERS, load_checkpoint, write_checkpoint
 from tokjax.pretrained.files import Tensors
+from tokjax.signals import Context
 from tokjax.writing import whole_folder, write_whole
 
 Family = Literal["hf", "timm"]
@@ -139,6 +140,7 @@ class Model:
         train: bool = False,
         trace: bool = False,
         states: bool = False,
+        context: Context | None = None,
     ) -> Output:
         """The whole output as a pure function of the parameters, to be jitted, differentiated or vmapped.
 
@@ -149,6 +151,7 @@ class Model:
             train: whether stochastic depth is on.
             trace: whether to follow every token through the blocks.
             states: whether to give the tokens after every block.
+            context: what the reducers shall know beside (the relevance of patches, a text); grid and key are set here.
 
         Raises:
             ValueError: inputs of another shape.
@@ -156,7 +159,7 @@ class Model:
         parts: Any = nnx.merge(self._graph, params)
         with token_map.apply_form(self.form):
             hooks = self._hooks(parts["reducers"])
-            return parts["model"](inputs, hooks, key=key, train=train, trace=trace, states=states)
+            return parts["model"](inputs, hooks, key=key, train=train, trace=trace, states=states, context=context)
 
     def _trace(self, forward: Callable, params, inputs, key) -> tuple[Array, Trace]:
         out, cfg = forward(params, inputs, key=key, trace=True), self.config

@@ -46,6 +46,8 @@ class Context(struct.PyTreeNode):
     text_valid: Bool[Array, "B T"] | None = None
     frames: Int[Array, "B N"] | None = None  # frame of every token
     image_sizes: Int[Array, "B 2"] | None = None  # height, width in pixels before padding
+    relevance: Float[Array, "B h w"] | None = None  # of the patches of an image, told by another model
+    boxes: Int[Array, "B 2 4"] | None = None  # top, left, height, width in pixels: of the input; of `relevance`
 
     def row_keys(self, batch: int, salt: int, seed: int = 0) -> Array:
         """One key a row, which does not depend on the batch around it; `seed` serves where the call has no key."""

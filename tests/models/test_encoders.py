@@ -176,9 +176,9 @@ ENCODERS = {
 }
 NO_GRID, NO_PADDING = r"grid=None|needs a patch grid", r"tokens\.valid: .* takes no padded rows"
 REFUSED = {
-    "naflex": {"heuristic": NO_GRID, "tomesd": NO_GRID, "kmedoids": NO_PADDING},
-    "clip text": {"heuristic": NO_GRID, "tomesd": NO_GRID, "gtp": NO_GRID, "kmedoids": NO_PADDING},
-    "siglip text": {"heuristic": NO_GRID, "tomesd": NO_GRID, "gtp": NO_GRID},
+    "naflex": {"a_clip": NO_GRID, "heuristic": NO_GRID, "tomesd": NO_GRID, "kmedoids": NO_PADDING},
+    "clip text": {"a_clip": NO_GRID, "heuristic": NO_GRID, "tomesd": NO_GRID, "gtp": NO_GRID, "kmedoids": NO_PADDING},
+    "siglip text": {"a_clip": NO_GRID, "heuristic": NO_GRID, "tomesd": NO_GRID, "gtp": NO_GRID},
 }
 PADDED = ("naflex", "clip text")
 

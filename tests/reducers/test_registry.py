@@ -15,7 +15,9 @@ INFO = ModelInfo(depth=12, width=384, heads=6, length=197, prefix=1, grid=(14, 1
 
 
 def test_unknown_names_are_answered_with_the_nearest():
-    with pytest.raises(ValueError, match=r"reducer='tomme': must be one of ats, avgpool, .*; did you mean 'tome'\?"):
+    with pytest.raises(
+        ValueError, match=r"reducer='tomme': must be one of a_clip, ats, avgpool, .*; did you mean 'tome'\?"
+    ):
         entry("tomme")
     with pytest.raises(ValueError, match=r"reducer='zzz': must be one of [a-z0-9_, ]*$"):
         create("zzz")

@@ -6,7 +6,16 @@ from jax.sharding import AxisType, PartitionSpec
 import numpy as np
 import pytest
 
-from tokjax.train.losses import accuracy, clip_loss, cross_entropy, distillation, siglip_loss, token_distillation
+from tokjax.train.losses import (
+    accuracy,
+    byol_loss,
+    clip_loss,
+    cross_entropy,
+    distillation,
+    siglip_loss,
+    simclr_loss,
+    token_distillation,
+)
 
 RNG = np.random.default_rng(0)
 LOGITS = RNG.normal(size=(5, 7)).astype(np.float32) * 3
@@ -267,3 +276,72 @@ def test_token_distillation_counts_the_kept_tokens_of_the_valid_rows():
         token_distillation(ours, theirs, jnp.ones((2, 4)))
     with pytest.raises(ValueError, match=r"features are \(2, 3, 4\) and teacher \(2, 2, 4\)"):
         token_distillation(ours, theirs[:, :2], kept)
+
+
+FIRST, SECOND = RNG.normal(size=(2, 6, 8)).astype(np.float32) * 3
+
+
+def length_one(*views):
+    return [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (np.float64(view) for view in views)]
+
+
+def test_simclr_is_the_formula():
+    got = simclr_loss(jnp.array(FIRST), jnp.array(SECOND), 0.2)
+    both_views, n = np.concatenate(length_one(FIRST, SECOND)), len(FIRST)
+    logits = both_views @ both_views.T / 0.2
+    np.fill_diagonal(logits, -np.inf)
+    positive = np.roll(np.arange(2 * n), n)
+    want = np.mean(np.log(np.exp(logits).sum(1)) - logits[np.arange(2 * n), positive])
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    np.testing.assert_allclose(simclr_loss(jnp.array(SECOND), jnp.array(FIRST) * 2, 0.2), want, rtol=1e-5)
+
+
+def test_byol_is_the_formula_and_leaves_its_target_alone():
+    value, grads = jax.value_and_grad(byol_loss, (0, 1))(jnp.array(FIRST), jnp.array(SECOND))
+    one, two = length_one(FIRST, SECOND)
+    np.testing.assert_allclose(value, np.mean(2 - 2 * (one * two).sum(1)), rtol=1e-5)
+    assert np.abs(grads[0]).max() > 0 and not np.asarray(grads[1]).any()
+
+
+SELF_SUPERVISED = {"simclr": lambda a, b, v=None, **k: simclr_loss(a, b, 0.3, v, **k), "byol": byol_loss}
+
+
+@pytest.mark.parametrize("name", SELF_SUPERVISED)
+class TestSelfSupervised:
+    def test_gradients_are_those_of_finite_differences(self, name):
+        loss, way = SELF_SUPERVISED[name], RNG.normal(size=FIRST.shape).astype(np.float32)
+        slope = (jax.grad(loss)(jnp.array(FIRST), jnp.array(SECOND)) * way).sum()
+        ahead, back = (loss(jnp.array(FIRST + step * way), jnp.array(SECOND)) for step in (1e-2, -1e-2))
+        np.testing.assert_allclose(slope, (ahead - back) / 2e-2, rtol=1e-2, atol=1e-4)
+
+    def test_invalid_rows_are_not_there(self, name):
+        loss, holed = SELF_SUPERVISED[name], [np.where(VALID[:, None], x, np.nan) for x in (FIRST, SECOND)]
+        value, grad = jax.value_and_grad(loss)(*map(jnp.array, holed), jnp.array(VALID))
+        want, alone = jax.value_and_grad(loss)(jnp.array(FIRST[VALID]), jnp.array(SECOND[VALID]))
+        np.testing.assert_allclose(value, want, rtol=1e-5)
+        np.testing.assert_allclose(grad[VALID], alone, rtol=1e-4, atol=1e-6)
+        assert not np.asarray(grad)[~VALID].any()
+        assert loss(*map(jnp.array, holed), jnp.zeros(6, bool)) == 0
+
+    def test_a_split_batch_is_the_whole(self, name):
+        loss, args = SELF_SUPERVISED[name], (jnp.array(FIRST), jnp.array(SECOND), jnp.array(VALID))
+        whole, grad = jax.value_and_grad(loss)(*args)
+        mesh = jax.make_mesh((3,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices("cpu")[:3])
+        rows = PartitionSpec("data")
+        split = jax.shard_map(
+            lambda *parts: loss(*parts, axis_name="data"), mesh=mesh, in_specs=rows, out_specs=PartitionSpec()
+        )
+        value, got = jax.jit(jax.value_and_grad(split))(*args)
+        np.testing.assert_allclose(value, whole, rtol=1e-5)
+        np.testing.assert_allclose(got, grad, rtol=1e-4, atol=1e-6)
+
+    def test_zero_and_equal_rows_stay_finite(self, name):
+        loss = SELF_SUPERVISED[name]
+        for row in (jnp.zeros((3, 4)), jnp.ones((3, 4)) * 1e15):
+            value, grad = jax.value_and_grad(loss)(row, row)
+            assert jnp.isfinite(value) and jnp.isfinite(grad).all()
+
+
+def test_a_temperature_is_positive():
+    with pytest.raises(ValueError, match="temperature is 0; it must be above 0"):
+        simclr_loss(jnp.array(FIRST), jnp.array(SECOND), 0)

@@ -120,6 +120,7 @@ class Text(Blocks):
         train: bool = False,
         trace: bool = False,
         states: bool = False,
+        context: Context | None = None,
     ) -> Output:
         """Encodes texts, padded to one length.
 
@@ -130,6 +131,7 @@ class Text(Blocks):
             train: whether stochastic depth is on.
             trace: whether to follow every token; with it or with hooks, the feature's token comes first.
             states: whether to give the tokens after every block.
+            context: what reducers shall know beside; its key is the call's own.
 
         Returns:
             `logits` [B, E] is the projected feature, not normalised.
@@ -144,7 +146,8 @@ class Text(Blocks):
         if hooks or trace:
             tokens, at = self._front(tokens, at), jnp.zeros_like(at)
         tokens = tokens.traced() if trace else tokens
-        ran = self._run(cfg, tokens, hooks, Context(key=key), key if train else None, states)
+        context = (context or Context()).replace(key=key)
+        ran = self._run(cfg, tokens, hooks, context, key if train else None, states)
         features = self.norm(ran.tokens.x).astype(ran.tokens.x.dtype)
         pooled = rows(features, at[:, None])[:, 0] if ran.pooled is None else ran.pooled
         heads = (self.head(pooled).astype(jnp.float32),) if cfg.embed_dim else ()

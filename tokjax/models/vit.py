@@ -271,6 +271,7 @@ class ViT(Blocks):
         train: bool = False,
         trace: bool = False,
         states: bool = False,
+        context: Context | None = None,
     ) -> Output:
         """Encodes and classifies normalised images.
 
@@ -281,6 +282,7 @@ class ViT(Blocks):
             train: whether stochastic depth is on.
             trace: whether to follow every input token through all blocks.
             states: whether to give the tokens after every block.
+            context: what reducers shall know beside; its grid and key are the call's own.
 
         Raises:
             ValueError: images of another size, or hooks that this model would never call.
@@ -288,7 +290,7 @@ class ViT(Blocks):
         self.cfg.check(images)
         hk.check(hooks, self.cfg.info)
         tokens = self.embed(images)
-        context = Context(grid=self.cfg.info.grid, key=key)
+        context = (context or Context()).replace(grid=self.cfg.info.grid, key=key)
         tokens = tokens.traced() if trace else tokens
         return self.encode(tokens, hooks, context, key=key if train else None, states=states)
 

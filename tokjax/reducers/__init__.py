@@ -16,6 +16,7 @@ from tokjax.hooks import ModelInfo, Reducer
 from tokjax.reducers.chain import Chain, levels
 from tokjax.reducers.diffusion.tomesd import ToMeSD
 from tokjax.reducers.diffusion.tomesd import rates as merge_rates
+from tokjax.reducers.vit.aclip import AClip, super_patch
 from tokjax.reducers.vit.ats import ATS
 from tokjax.reducers.vit.clca import CLCA
 from tokjax.reducers.vit.controls import AvgPool, Random, Strided
@@ -121,6 +122,13 @@ def _ring_rates(info: ModelInfo) -> list[float]:
     return sorted(patterns.values())
 
 
+def _masking_rates(info: ModelInfo) -> list[float]:
+    sides = (1, 1) if info.grid is None else super_patch(info.grid, AClip.pool)
+    total = (info.length - info.prefix) // (sides[0] * sides[1])
+    rates = ((k, k / total) for k in range(total))
+    return [rate if int(total * rate) == k else math.nextafter(rate, 1) for k, rate in rates]
+
+
 KEEP_RATE = Knob("keep_rate", "(0, 1], lower is cheaper", _rates)
 TABLED_RATE = Knob("keep_rate", "(0, 1], to the power of the location, lower is cheaper", _tabled_rates)
 MERGING_RATE = Knob("keep_rate", "[0.5, 1], lower is cheaper", _merging_rates)
@@ -145,6 +153,7 @@ class Entry:
         control: whether it is a baseline that looks at no content.
         conserves: whether sizes are tracked and add up to what they were.
         neutral: settings with which it does nothing.
+        guided: whether it reduces only what the context guides it to, as in training; a model alone stays as it is.
         learned: whether it has parameters; it is made with the `ModelInfo` of its model as the first argument.
         training: settings that it has while it learns (masks in place of pruning), with the same parameters.
         losses: names of the terms that it then adds to the loss, see `tokjax.hooks.losses`.
@@ -162,6 +171,7 @@ class Entry:
     padding: bool = True
     control: bool = False
     conserves: bool = False
+    guided: bool = False
     learned: bool = False
     training: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     losses: tuple[str, ...] = ()
@@ -356,6 +366,18 @@ REGISTRY: dict[str, Entry] = {
         neutral={"keep_rate": 1.0},
         padding=False,
         control=True,
+    ),
+    "a_clip": Entry(
+        make=AClip,
+        kind="prune, in training only",
+        paper="Yang et al., Attentive Mask CLIP, ICCV 2023",
+        needs=("a teacher's CLS attention", "boxes of two views", "a grid"),
+        knob=Knob("keep_rate", "[0, 1], lower is cheaper", _masking_rates),
+        neutral={"keep_rate": 1.0},
+        padding=False,
+        guided=True,
+        example={"keep_rate": 0.25},
+        exempt={"model": "nothing is removed without a teacher's attention, which a model alone does not have"},
     ),
     "clca": Entry(
         make=CLCA,

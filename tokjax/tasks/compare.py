@@ -88,8 +88,8 @@ def default_config() -> ml_collections.ConfigDict:
 
 
 def training_free() -> list[str]:
-    """Registered reducers without parameters of their own."""
-    return [name for name, entry in sorted(reducers.REGISTRY.items()) if not entry.learned]
+    """Registered reducers without parameters of their own that need no guide."""
+    return [name for name, e in sorted(reducers.REGISTRY.items()) if not (e.learned or e.guided)]
 
 
 def _learned() -> list[str]:

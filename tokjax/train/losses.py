@@ -226,6 +226,81 @@ def siglip_loss(
     return -pairs.mean(asked.sum(axis=1))
 
 
+def simclr_loss(
+    first: Float[Array, "B E"],
+    second: Float[Array, "B E"],
+    temperature: float = 0.1,
+    valid: Bool[Array, "B"] | None = None,
+    *,
+    axis_name: str | None = None,
+) -> Float[Array, ""]:
+    """SimCLR's NT-Xent: each view must find the other view of its image among all other views of the batch.
+
+    Source: Chen et al. 2020, arXiv 2002.05709, equation 1. The A-CLIP repository's `losses.py` gives the first view
+    twice, a slip that its text does not share: what it then reports is `simclr_loss(first, first)`.
+
+    Args:
+        first: embeddings of any length, those of one view; row i shows the image of row i of `second`.
+        second: the same of the other.
+        temperature: what the cosines are divided by.
+        valid: as in `clip_loss`.
+        axis_name: as in `clip_loss`.
+
+    Returns:
+        float32 [], the mean over the valid rows and both views; 0 where no row is valid.
+
+    Raises:
+        ValueError: shapes that do not fit, or a temperature that is not positive.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; it must be above 0")
+    pairs = _Pairs(first, second, valid, None, axis_name, at_length_one=False)
+    views = (pairs.image, pairs.all_image), (pairs.text, pairs.all_text)
+    mine = jnp.arange(pairs.counted.shape[1]) == pairs.own[:, None]
+    masks = jnp.concatenate([pairs.counted, pairs.counted & ~mine], axis=1)  # a view is no negative of itself
+    loss = jnp.float32(0)
+    for (queries, same), (_, other) in (views, views[::-1]):
+        logits = jnp.concatenate([_cosines(queries, other), _cosines(queries, same)], axis=1) / temperature
+        logits = jnp.where(masks, logits, jnp.finfo(jnp.float32).min)
+        picked = jnp.take_along_axis(jax.nn.log_softmax(logits), pairs.own[:, None], axis=1)[:, 0]
+        loss -= 0.5 * pairs.mean(picked)
+    return loss
+
+
+def byol_loss(
+    predicted: Float[Array, "B E"],
+    target: Float[Array, "B E"],
+    valid: Bool[Array, "B"] | None = None,
+    *,
+    axis_name: str | None = None,
+) -> Float[Array, ""]:
+    """BYOL's distance, 2 - 2 cos, of a prediction to what another network gives for the same image.
+
+    Source: Grill et al. 2020, arXiv 2006.07733, equation 2. No gradient reaches `target`.
+
+    Args:
+        predicted: of any length.
+        target: the same, row by row.
+        valid: as in `clip_loss`.
+        axis_name: as in `clip_loss`.
+
+    Returns:
+        float32 [] in 0..4, the mean over the valid rows, of all devices with `axis_name`; 0 where no row is valid.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    pairs = _Pairs(predicted, jax.lax.stop_gradient(target), valid, None, axis_name, at_length_one=False)
+    return pairs.mean(2 - 2 * (pairs.image * pairs.text).sum(axis=1))
+
+
+def _unit(x: Float[Array, "B E"]) -> Float[Array, "B E"]:
+    """Rows at length 1, float32; those of length 0 stay, with a finite gradient."""
+    x = x.astype(jnp.float32)
+    square = jnp.sum(x * x, axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
+
+
 class _Pairs:
     """The rows of this device against the rows of all.
 
@@ -236,7 +311,7 @@ class _Pairs:
         counted: [B, D], which columns stand in a row's denominator; its own always does.
     """
 
-    def __init__(self, image, text, valid, same, axis_name):
+    def __init__(self, image, text, valid, same, axis_name, *, at_length_one=True):
         if image.ndim != 2 or image.shape != text.shape:
             raise ValueError(f"image is {image.shape} and text {text.shape}; both must be [B, E]")
         batch = image.shape[0]
@@ -246,6 +321,8 @@ class _Pairs:
             raise ValueError(f"valid is {valid.shape}; for {batch} pairs it must be ({batch},)")
         # Both ends are masked, as in cross_entropy: a NaN of an invalid row stays out of values and gradients.
         image, text = (jnp.where(valid[:, None], x.astype(jnp.float32), 0.0) for x in (image, text))
+        if not at_length_one:
+            image, text = _unit(image), _unit(text)
         self._valid, self._axis = valid, axis_name
         self.image, self.text = image, text
         self.all_image, self.all_text, columns = image, text, valid
