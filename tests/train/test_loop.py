@@ -17,6 +17,7 @@ from tokjax.errors import UserError
 from tokjax.train.checkpoints import Checkpoints
 from tokjax.train.loop import TERMINATED, prefetch, train
 from tokjax.train.metrics import read_metrics
+from tokjax.train.state import Teacher
 
 from . import tiny_run
 
@@ -48,7 +49,16 @@ def curve(workdir):
     return [{k: v for k, v in row.items() if k != CLOCK} for row in read_metrics(workdir / "metrics.jsonl")]
 
 
-def run(workdir, *, params=None, loss_fn=tiny_run.loss_fn, loader=None, evaluate=tiny_run.evaluate, **changes):
+def run(
+    workdir,
+    *,
+    params=None,
+    loss_fn=tiny_run.loss_fn,
+    loader=None,
+    evaluate=tiny_run.evaluate,
+    teacher=None,
+    **changes,
+):
     return train(
         tiny_run.config(**changes),
         workdir,
@@ -56,6 +66,7 @@ def run(workdir, *, params=None, loss_fn=tiny_run.loss_fn, loader=None, evaluate
         loss_fn=loss_fn,
         train_loader=loader or tiny_run.Points(),
         evaluate=evaluate,
+        teacher=teacher,
     )
 
 
@@ -120,6 +131,47 @@ def test_a_longer_run_goes_on_from_a_shorter_one_and_a_finished_one_returns_at_o
     assert curve(tmp_path) == lines
     assert run(tmp_path, total_steps=8, **options).step == 8
     assert [row["step"] for row in curve(tmp_path)] == list(range(1, 9))
+
+
+class Dying(tiny_run.PointsIterator):
+    """A reader that dies at the eighth batch."""
+
+    def __next__(self):
+        if self.batch == 8:
+            raise KeyboardInterrupt
+        return super().__next__()
+
+
+class Dies(tiny_run.Points):
+    def __iter__(self):
+        reader = super().__iter__()
+        reader.__class__ = Dying
+        return reader
+
+
+def test_a_teacher_goes_on_where_it_was(tmp_path):
+    def loss(params, batch, key, teacher):
+        value, metrics = tiny_run.loss_fn(params, batch, key)
+        target = tiny_run.forward({"blocks": teacher, "head": params["head"]}, batch["image"])
+        return value + ((tiny_run.forward(params, batch["image"]) - target) ** 2).mean(), metrics
+
+    options: dict = {
+        "loss_fn": loss,
+        "teacher": Teacher(lambda params: params["blocks"], 0.5, total_steps=10),
+        "evaluate": None,
+        "total_steps": 10,
+        "checkpoint_every": 4,
+        "optimiser": {"warmup_steps": 2},
+    }
+    whole = run(tmp_path / "whole", **options)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "torn", loader=Dies(), **options)
+    assert Checkpoints(tmp_path / "torn" / "checkpoints").steps()[-1] < 10
+    assert_same(run(tmp_path / "torn", **options), whole)
+    assert curve(tmp_path / "torn") == curve(tmp_path / "whole")
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), whole.teacher, tiny_run.init_params()["blocks"])
+    assert min(jax.tree.leaves(moved)) > 0
 
 
 class Poisoned(tiny_run.Points):

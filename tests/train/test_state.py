@@ -6,7 +6,7 @@ import pytest
 
 from tokjax.errors import UserError
 from tokjax.train import optimisers
-from tokjax.train.state import TrainState, make_step
+from tokjax.train.state import Teacher, TrainState, make_step
 
 from . import tiny_run
 
@@ -243,3 +243,53 @@ def test_statistics_that_do_not_fit(statistics, message):
     state, optimiser, _ = moving_start()
     with pytest.raises(ValueError, match=message):
         make_step(lambda p, batch, key: (p["w"].sum(), {"statistics": statistics}), optimiser)(state, rows(1.0))
+
+
+# Teachers
+
+
+def pupil(params, batch, key, teacher):
+    """Half a square to the batch, and the teacher's place as a metric."""
+    value, _ = quadratic(params, batch, key)
+    return value + 0 * (params["w"] * teacher["w"]).sum(), {"told": teacher["w"].mean()}
+
+
+def test_a_teacher_follows_after_each_step_with_rising_momentum():
+    teacher = Teacher(lambda params: {"w": params["w"]}, 0.5, total_steps=4)
+    step, state = make_step(pupil, SGD, teacher=teacher), start(teacher=teacher)
+    expected = np.zeros(3)
+    for update in range(1, 5):
+        state, metrics = step(state, rows(1.0))
+        np.testing.assert_allclose(metrics["told"], expected.mean(), rtol=1e-6)  # as it was before the step
+        momentum = 1 - 0.5 * 0.5 * (1 + np.cos(np.pi * update / 4))
+        expected = momentum * expected + (1 - momentum) * np.asarray(state.params["w"])
+        np.testing.assert_allclose(state.teacher["w"], expected, rtol=1e-6)
+    assert teacher.momentum_at(0) == 0.5 and teacher.momentum_at(4) == teacher.momentum_at(9) == 1
+
+
+def test_a_teacher_starts_as_its_part_and_stays_where_a_step_is_skipped():
+    params = {"w": np.ones(3, np.float32), "other": np.ones(2, np.float32)}
+    teacher = Teacher(lambda params: {"w": params["w"]}, 0.9, total_steps=10)
+    state = TrainState.create(params, SGD, jax.random.key(0), teacher=teacher)
+    assert list(state.teacher) == ["w"] and (state.teacher["w"] == 1).all()
+    step = make_step(pupil, SGD, teacher=teacher, accumulate=2)
+    state, _ = step(state, rows(3.0, np.nan))
+    assert (state.teacher["w"] == 1).all()
+    state, metrics = step(state, rows(3.0, 3.0))
+    assert (state.teacher["w"] > 1).all() and metrics["told"] == 1
+
+
+def test_parameters_are_kept_in_their_range():
+    def clamp(params):
+        return {"w": jnp.clip(params["w"], 0, 0.05)}
+
+    teacher = Teacher(lambda params: params, 0.0, total_steps=10)
+    step = make_step(pupil, SGD, teacher=teacher, constrain=clamp, ema_decay=0.9)
+    state, _ = step(start(ema=True, teacher=teacher), rows(1.0))
+    np.testing.assert_array_equal(state.params["w"], np.float32(0.05))
+    assert (state.ema["w"] <= 0.05).all() and (state.teacher["w"] <= 0.05).all()
+
+
+def test_a_momentum_out_of_range():
+    with pytest.raises(ValueError, match=r"momentum is 1.5; it must be in \[0, 1\]"):
+        Teacher(lambda params: params, 1.5, 10)

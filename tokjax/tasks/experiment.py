@@ -32,7 +32,7 @@ from tokjax.train.checkpoints import Checkpoints
 from tokjax.train.config import TrainConfig
 from tokjax.train.config import default_config as train_config
 from tokjax.train.loop import train
-from tokjax.train.state import LossFn
+from tokjax.train.state import LossFn, Teacher
 from tokjax.viz import Picture
 
 RESULTS = "results.jsonl"
@@ -388,6 +388,8 @@ class Experiment(abc.ABC):
         loss: LossFn,
         evaluate: Callable[[PyTree], Mapping[str, Any]],
         frozen: Sequence[str] = (),
+        teacher: Teacher | None = None,
+        constrain: Callable[[PyTree], PyTree] | None = None,
     ) -> Model:
         """Trains what `parameters` names, saves the model in `finished` and gives it.
 
@@ -397,6 +399,8 @@ class Experiment(abc.ABC):
             loss: (parameters, batch, key) -> (loss, metrics).
             evaluate: parameters -> scalars, of the test set.
             frozen: further patterns of parameters to leave as they are, see `OptimiserConfig`.
+            teacher: of what `parameters` names, see `Teacher`.
+            constrain: parameters -> parameters, after every update.
         """
         settings = TrainConfig.of(self.config.train)
         if self.encoder(model).config.position == "sincos":
@@ -412,6 +416,8 @@ class Experiment(abc.ABC):
             loss_fn=loss,
             train_loader=loader,
             evaluate=evaluate,
+            teacher=teacher,
+            constrain=constrain,
         )
         model = self.with_parameters(model, state.eval_params)
         api.save(model, self.finished)

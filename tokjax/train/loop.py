@@ -25,7 +25,7 @@ from tokjax.train import optimisers
 from tokjax.train.checkpoints import Checkpoints, DataState
 from tokjax.train.config import TrainConfig
 from tokjax.train.metrics import MetricsWriter
-from tokjax.train.state import Batch, LossFn, Metrics, TrainState, make_step
+from tokjax.train.state import Batch, LossFn, Metrics, Teacher, TrainState, make_step
 
 # The metrics of a step are read this many steps later, when the device has them anyway, and no more often than this:
 # so neither waits for the other, Python does not run far ahead with batches in its hands, and waking up costs nothing
@@ -101,6 +101,8 @@ def train(
     train_loader: Loader,
     evaluate: Callable[[Any], Mapping[str, Any]] | None = None,
     place_batch: Callable[[Batch], Batch] | None = None,
+    teacher: Teacher | None = None,
+    constrain: Callable[[Any], Any] | None = None,
     state_sharding: Callable[[TrainState], Any] | None = None,
 ) -> TrainState:
     """Trains until `cfg.total_steps`, going on from the last checkpoint in `workdir` if there is one.
@@ -116,6 +118,8 @@ def train(
         train_loader: endless batches, dicts of numpy arrays whose first axis is the batch.
         evaluate: params -> a dict of scalars; given the moving average where there is one. It keeps no reference.
         place_batch: puts a batch on the device or devices; None: the first device (a CPU reads it where it is).
+        teacher: a moving average that the loss gets as its fourth argument; see `Teacher`.
+        constrain: params -> params, after every update; see `make_step`.
         state_sharding: from a TrainState of shapes to the same tree of shardings; None: the first device.
 
     Returns:
@@ -133,7 +137,8 @@ def train(
     learning_rate = optimisers.schedule(cfg.optimiser, cfg.total_steps)
 
     def fresh(params: Any) -> TrainState:
-        return TrainState.create(params, optimiser, jax.random.key(cfg.seed), ema=cfg.ema_decay is not None)
+        key, average = jax.random.key(cfg.seed), cfg.ema_decay is not None
+        return TrainState.create(params, optimiser, key, ema=average, teacher=teacher)
 
     target = jax.eval_shape(fresh, init_params)
     sharding = None if state_sharding is None else state_sharding(target)
@@ -143,6 +148,8 @@ def train(
         ema_decay=cfg.ema_decay,
         accumulate=cfg.optimiser.accumulate,
         frozen=frozen if any(jax.tree.leaves(frozen)) else None,
+        teacher=teacher,
+        constrain=constrain,
         state_sharding=sharding,
     )
 

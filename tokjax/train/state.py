@@ -1,6 +1,7 @@
 """What a run carries from step to step, and the one jitted function that carries it."""
 
 from collections.abc import Callable, Mapping
+import dataclasses
 from typing import Any, Self
 
 from flax import struct
@@ -14,7 +15,38 @@ from tokjax.errors import UserError
 Batch = Mapping[str, Any]
 Metrics = dict[str, Any]  # scalars by name, and new moving statistics under STATISTICS
 STATISTICS = "statistics"
-LossFn = Callable[[Any, Batch, Key[Array, ""]], tuple[Float[Array, ""], Metrics]]
+LossFn = Callable[..., tuple[Float[Array, ""], Metrics]]  # (params, batch, key), and what a run has beside them
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """A moving average of a part of the parameters, which the loss gets beside them and no gradient reaches.
+
+    After update t, counted from 1, it becomes m times itself plus 1 - m times that part, with
+    m = 1 - (1 - momentum) (1 + cos(pi t / total_steps)) / 2: the first value of m belongs to a start from the
+    parameters themselves. Source: Grill et al. 2020, arXiv 2006.07733 (BYOL), section 3.2.
+
+    Attributes:
+        of: from the parameters to the part; it changes no values.
+        momentum: in [0, 1].
+        total_steps: of the run.
+
+    Raises:
+        ValueError: a momentum outside [0, 1].
+    """
+
+    of: Callable[[PyTree[Array]], PyTree[Array]]
+    momentum: float
+    total_steps: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.momentum <= 1:
+            raise ValueError(f"momentum is {self.momentum}; it must be in [0, 1]")
+
+    def momentum_at(self, update: Int[Array, ""] | int) -> Float[Array, ""]:
+        """m after so many updates."""
+        share = jnp.minimum(jnp.asarray(update, jnp.float32) / self.total_steps, 1.0)
+        return 1.0 - (1.0 - self.momentum) * 0.5 * (1.0 + jnp.cos(jnp.pi * share))
 
 
 @struct.dataclass
@@ -29,6 +61,7 @@ class TrainState:
         key: never changes; step t draws from `fold_in(key, t)`.
         skipped: steps without finite gradients so far.
         bad: how many of those came last, without a finite one since.
+        teacher: moving average of a part of params that the loss reads, or None.
     """
 
     step: Int[Array, ""]
@@ -38,10 +71,17 @@ class TrainState:
     key: Key[Array, ""]
     skipped: Int[Array, ""]
     bad: Int[Array, ""]
+    teacher: PyTree[Array] | None = None
 
     @classmethod
     def create(
-        cls, params: PyTree, optimiser: optax.GradientTransformation, key: Key[Array, ""], *, ema: bool = False
+        cls,
+        params: PyTree,
+        optimiser: optax.GradientTransformation,
+        key: Key[Array, ""],
+        *,
+        ema: bool = False,
+        teacher: Teacher | None = None,
     ) -> Self:
         """A state at step 0 that owns its arrays: a step gives its memory away, the caller's params stay usable.
 
@@ -50,6 +90,7 @@ class TrainState:
             optimiser: as from `make_optimiser`.
             key: a typed key (`jax.random.key`).
             ema: whether to carry a moving average.
+            teacher: the teacher to carry, which starts as its part of `params`.
 
         Raises:
             ValueError: a key of the old, untyped kind.
@@ -64,7 +105,8 @@ class TrainState:
         # One array each: the same one twice cannot be given away twice.
         step, skipped, bad = (jnp.zeros((), jnp.int32) for _ in range(3))
         average = jax.tree.map(jnp.copy, params) if ema else None
-        return cls(step, params, optimiser.init(params), average, jnp.copy(key), skipped, bad)
+        follower = None if teacher is None else jax.tree.map(jnp.copy, teacher.of(params))
+        return cls(step, params, optimiser.init(params), average, jnp.copy(key), skipped, bad, follower)
 
     @property
     def eval_params(self) -> PyTree[Array]:
@@ -97,6 +139,8 @@ def make_step(
     ema_decay: float | None = None,
     accumulate: int = 1,
     frozen: PyTree[bool] | None = None,
+    teacher: Teacher | None = None,
+    constrain: Callable[[PyTree[Array]], PyTree[Array]] | None = None,
     state_sharding: Any = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """One update as one compiled function, which takes over the memory of the state that it is given.
@@ -114,6 +158,8 @@ def make_step(
             The update is that of the whole batch where every row counts alike; part i draws from `fold_in(key, i)`.
             Moving statistics are averaged too: each part starts from those before the step.
         frozen: a bool per parameter, as from `optimisers.frozen`: their gradients are not computed.
+        teacher: what the state's `teacher` is; the loss gets it as a fourth argument. A skipped step leaves it.
+        constrain: params -> params, after every update: keeps some of them in their range.
         state_sharding: of the returned state, one Sharding or a tree of them; None: up to the compiler.
 
     Returns:
@@ -126,16 +172,16 @@ def make_step(
             place and of the shape of parameters.
     """
 
-    def differentiable(params: Any, batch: Batch, key: Any) -> Any:
+    def differentiable(params: Any, batch: Batch, key: Any, *beside: Any) -> Any:
         if frozen is not None:
             params = jax.tree.map(lambda p, fixed: jax.lax.stop_gradient(p) if fixed else p, params, frozen)
-        return loss_fn(params, batch, key)
+        return loss_fn(params, batch, key, *beside)
 
     value_and_grad = jax.value_and_grad(differentiable, has_aux=True)
 
-    def gradients(params: Any, batch: Batch, key: Any) -> Any:
+    def gradients(params: Any, batch: Batch, key: Any, *beside: Any) -> Any:
         if accumulate == 1:
-            return value_and_grad(params, batch, key)
+            return value_and_grad(params, batch, key, *beside)
 
         def split(x: jax.Array) -> jax.Array:
             if x.shape[0] % accumulate:
@@ -145,17 +191,20 @@ def make_step(
 
         def add(total: Any, part: Any) -> tuple[Any, None]:
             index, rows = part
-            return jax.tree.map(jnp.add, total, value_and_grad(params, rows, jax.random.fold_in(key, index))), None
+            return jax.tree.map(
+                jnp.add, total, value_and_grad(params, rows, jax.random.fold_in(key, index), *beside)
+            ), None
 
         parts = jnp.arange(accumulate), jax.tree.map(split, dict(batch))
         first = jax.tree.map(lambda x: x[0], parts)
-        shapes = jax.eval_shape(lambda: value_and_grad(params, first[1], key))
+        shapes = jax.eval_shape(lambda: value_and_grad(params, first[1], key, *beside))
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         return jax.tree.map(lambda x: x / accumulate, jax.lax.scan(add, zeros, parts)[0])
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
-        (loss, metrics), grads = gradients(state.params, batch, key)
+        beside = () if teacher is None else (state.teacher,)
+        (loss, metrics), grads = gradients(state.params, batch, key, *beside)
         metrics = dict(metrics)
         statistics = metrics.pop(STATISTICS, {})
         grad_norm = optax.tree.norm(grads)
@@ -164,19 +213,27 @@ def make_step(
 
         updates, opt_state = optimiser.update(grads, state.opt_state, state.params)
         params, ema = written(optax.apply_updates(state.params, updates), statistics), state.ema
+        if constrain is not None:
+            params = constrain(params)
         if ema_decay is not None:
             decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
             # In this form an average that has arrived stays where it is, bit for bit.
             ema = jax.tree.map(lambda e, p: e + (1.0 - decay) * (p - e), ema, params)
-        new, old = (params, opt_state, ema), (state.params, state.opt_state, state.ema)
-        params, opt_state, ema = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+        follower = state.teacher
+        if teacher is not None:
+            momentum = teacher.momentum_at(state.step + 1)
+            follower = jax.tree.map(lambda t, p: t + (1.0 - momentum) * (p - t), follower, teacher.of(params))
+        new = params, opt_state, ema, follower
+        old = state.params, state.opt_state, state.ema, state.teacher
+        params, opt_state, ema, follower = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
         skipped = state.skipped + ~finite
         bad = jnp.where(finite, 0, state.bad + 1)
         ours = {"loss": loss, "grad_norm": grad_norm, "skipped": skipped, "bad": bad}
         if taken := sorted(ours.keys() & metrics.keys()):
             raise ValueError(f"loss_fn's metrics have {taken[0]!r}, which the step reports itself")
-        return TrainState(state.step + 1, params, opt_state, ema, state.key, skipped, bad), ours | metrics
+        after = TrainState(state.step + 1, params, opt_state, ema, state.key, skipped, bad, follower)
+        return after, ours | metrics
 
     if state_sharding is None:
         return jax.jit(step, donate_argnums=0)
