@@ -1,6 +1,6 @@
 """Images for training and evaluation: `make(config, split, ...)` opens a source and returns a `Loader`.
 
-`sources` reads (`scenes`, `captions` and `dense` more than images and labels), `transforms` changes,
+`sources` reads (`scenes`, `captions` and `dense` more than images and labels), `transforms` and `views` change,
 `loader` batches.
 """
 

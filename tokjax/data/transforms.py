@@ -171,7 +171,7 @@ class Evaluation:
     crop_pct: float = 1.0
 
     def __post_init__(self):
-        _check_size(self.size)
+        check_size(self.size)
         _check_fit(self.mode, self.crop_pct)
 
     def __call__(
@@ -205,7 +205,7 @@ class Training:
     crop_pct: float = 1.0
 
     def __post_init__(self):
-        _check_size(self.size)
+        check_size(self.size)
         _check_fit(self.mode, self.crop_pct)
         if self.crop not in ("pad", "resized", None):
             raise ValueError(f"crop must be 'pad', 'resized' or None, got {self.crop!r}")
@@ -354,7 +354,7 @@ def smooth_one_hot(labels: Int32[np.ndarray, " B"], num_classes: int, smoothing:
     return targets
 
 
-def _check_size(size: Sequence[int]) -> None:
+def check_size(size: Sequence[int]) -> None:
     if len(size) != 2 or min(size) < 1:
         raise ValueError(f"size must be (height, width), both at least 1, got {size}")
 
