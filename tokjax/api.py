@@ -257,6 +257,20 @@ class Model:
         other = Model(module, methods, preprocess=self.preprocess, family=self.family, form=self.form)
         return other.with_params(self.params)
 
+    def statistics(self, aux: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """New values of the moving statistics of a head that learns, at their place in `params`; {} without any.
+
+        What a loss hands to the training step as `metrics["statistics"]`, see `tokjax.train.state.make_step`.
+
+        Args:
+            aux: `out.tokens.aux` of a forward pass of this model.
+        """
+        new = [noted["statistics"] for noted in aux.values() if "statistics" in noted]
+        if not new:
+            return {}
+        reads = [any(h.where == "readout" for h in method.reducer.hooks(self.info)) for method in self.methods]
+        return {"reducers": {reads.index(True): new[0]}}  # one head reads, the first
+
     def _rebuilt(self, methods: Sequence[Method], form: token_map.Form | None = None) -> "Model":
         parts: Any = nnx.merge(self._graph, self.params)
         learned = parts["reducers"]  # as `params` has them now

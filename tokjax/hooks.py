@@ -45,9 +45,14 @@ class ModelInfo:
 
 
 class Logits(struct.PyTreeNode):
-    """What a `readout` gives that is a classifier of its own: in place of the model's logits, not of its pooling."""
+    """What a `readout` gives that is a classifier of its own: in place of the model's logits, not of its pooling.
+
+    `aux` is collected as that of a plan. Under "statistics" it may have new values of the reducer's moving statistics,
+    a part of the tree of its parameters; see `tokjax.api.Model.statistics`.
+    """
 
     value: Float[Array, "B K"]
+    aux: Mapping[str, Any] = struct.field(default_factory=dict)
 
 
 LOSS = (
@@ -112,7 +117,7 @@ def reduce(
         plan = hook(tokens, signals)
         if plan is None:
             continue
-        before, tokens = tokens, _note(hook, plan, _applied(hook, plan, tokens))
+        before, tokens = tokens, _note(hook, plan.aux, _applied(hook, plan, tokens))
         if here[i + 1 :] or (then is not None and at(hooks, then, layer)):
             with _scope(hook):
                 signals = follow(signals, plan, before, tokens)
@@ -167,7 +172,23 @@ def around(
     if plan.map is not None:
         with _scope(hook):
             y = plan.map.unmerge(y)
-    return y, _note(hook, plan, tokens.replace(carry=inner.carry, aux=inner.aux))
+    return y, _note(hook, plan.aux, tokens.replace(carry=inner.carry, aux=inner.aux))
+
+
+def readout(
+    hooks: Sequence[Hook], states: tuple[Tokens, ...], tokens: Tokens
+) -> tuple[Float[Array, "B C"] | None, Float[Array, "B K"] | None, Tokens]:
+    """What the first `readout` hook reads of the tokens after every block: pooled features or logits, None without one.
+
+    `tokens` come back with what it noted.
+    """
+    here = at(hooks, "readout")
+    if not here:
+        return None, None, tokens
+    read = here[0](states)
+    if isinstance(read, Logits):
+        return None, read.value, _note(here[0], read.aux, tokens)
+    return read, None, tokens
 
 
 def losses(aux: Mapping[str, Mapping[str, Any]]) -> dict[str, Float[Array, "*B"]]:
@@ -197,11 +218,11 @@ def _applied(hook: Hook, plan: token_map.Plan, tokens: Tokens) -> Tokens:
         return token_map.apply(plan, tokens)
 
 
-def _note(hook: Hook, plan: token_map.Plan, tokens: Tokens) -> Tokens:
-    if not plan.aux:
+def _note(hook: Hook, aux: Mapping[str, Any], tokens: Tokens) -> Tokens:
+    if not aux:
         return tokens
     site = f"{hook.layer:02d}.{hook.where}.{type(hook.reducer).__name__}"
     name, again = site, 2
     while name in tokens.aux:  # two hooks of one kind at one site
         name, again = f"{site}.{again}", again + 1
-    return tokens.replace(aux={**tokens.aux, name: dict(plan.aux)})
+    return tokens.replace(aux={**tokens.aux, name: dict(aux)})

@@ -238,8 +238,7 @@ class Blocks(nnx.Module):
         first, last = span or (0, cfg.depth)
         if first == 0:
             tokens, _ = hk.reduce(hooks, "input", 0, tokens, Signals(context=context))
-        readout = hk.at(hooks, "readout", 0)
-        keep, traced = keep_states or bool(readout), tokens.origin is not None
+        keep, traced = keep_states or bool(hk.at(hooks, "readout")), tokens.origin is not None
         states: list[Tokens] = []
         traces: list[LayerTrace] = []
         for at, end, block in self._runs(cfg, hooks, first, last, whole=not keep and not traced):
@@ -251,8 +250,7 @@ class Blocks(nnx.Module):
                 states.append(tokens)
             if tokens.origin is not None:
                 traces.append(LayerTrace(tokens.origin, tokens.size, entered.count(), entered.length, tokens.length))
-        read = readout[0](tuple(states)) if readout else None
-        pooled, logits = (None, read.value) if isinstance(read, hk.Logits) else (read, None)
+        pooled, logits, tokens = hk.readout(hooks, tuple(states), tokens)
         kept = tuple(states) if keep_states else None
         return Ran(tokens, pooled, tuple(traces) if traced else None, kept, logits)
 

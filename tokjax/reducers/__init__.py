@@ -387,6 +387,7 @@ REGISTRY: dict[str, Entry] = {
         knob=KEEP_RATE,
         neutral={"keep_rate": 1.0, "cache": False, "num_clr": 0, "head": False},
         learned=True,
+        training={"learning": True},
         example={"keep_rate": 0.5, "num_clr": 1},
         exempt={
             "unmerge": "EViT inside fuses to a weighted sum, so that un-merging gives a copy of it, not of a mean",

@@ -15,7 +15,7 @@ from tokjax.errors import UserError
 from tokjax.train.config import OptimiserConfig
 
 # Stacked blocks give a bias two axes, so rank alone does not tell what a parameter is: its name does too.
-UNDECAYED = frozenset({"bias", "scale", "gamma", "cls_token", "dist_token", "reg_token", "pos_embed"})
+UNDECAYED = frozenset({"bias", "scale", "gamma", "cls_token", "dist_token", "reg_token", "clr", "pos_embed"})
 STATISTICS = frozenset({"mean", "var"})  # moving statistics of norms: the step writes them, no gradient does
 
 

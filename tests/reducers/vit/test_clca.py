@@ -8,7 +8,7 @@ import pytest
 
 import tokjax
 from tokjax import budget
-from tokjax.hooks import ModelInfo
+from tokjax.hooks import ModelInfo, losses
 from tokjax.models.vit import ViTConfig
 from tokjax.reducers.vit.clca import CLCA, BatchNorm, Cache, removed
 from tokjax.reducers.vit.evit import EViT
@@ -17,6 +17,7 @@ from tokjax.reducers.vit.tome import ToMe
 from tokjax.signals import Signals
 from tokjax.token_map import apply
 from tokjax.tokens import Tokens
+from tokjax.train import state
 
 CONFIG = ViTConfig((16, 16), 4, width=16, depth=6, heads=2, num_classes=3)
 
@@ -200,9 +201,60 @@ def test_batch_norm_by_hand():
     x = jax.random.normal(jax.random.key(0), (3, 4, 5)) * 3 + 1
     norm = BatchNorm(4)
     np.testing.assert_allclose(norm(x), x / np.sqrt(1 + 1e-5), rtol=1e-5)
-    of_batch = np.asarray(norm(x, batch=True))
+    norm.mean[...], norm.var[...] = jnp.full(4, 2.0), jnp.full(4, 3.0)
+    of_batch, new = norm.learn(x)
     np.testing.assert_allclose(of_batch.mean((0, 2)), 0, atol=1e-5)
     np.testing.assert_allclose(of_batch.std((0, 2)), 1, atol=1e-4)
+    np.testing.assert_allclose(new["mean"], 0.9 * 2 + 0.1 * x.mean((0, 2)), rtol=1e-5)
+    np.testing.assert_allclose(new["var"], 0.9 * 3 + 0.1 * np.var(x, (0, 2), ddof=1), rtol=1e-5)
+    one = norm.learn(x[:1, :, 0])[1]  # a single value has no unbiased variance
+    np.testing.assert_allclose(one["var"], 0.9 * 3, rtol=1e-5)
+
+
+def test_the_head_learns_its_moving_statistics(model):
+    """The training form goes by the batch and gives them; repeated, evaluation comes to what training gave."""
+    images = jax.random.normal(jax.random.key(0), (8, 16, 16, 3))
+    reduced = tokjax.reduce(model, "clca", num_clr=1)
+    learning = reduced.learning()
+    assert jax.tree.structure(learning.params) == jax.tree.structure(reduced.params)
+
+    @jax.jit
+    def step(params):
+        out = learning.forward(params, images)
+        new = learning.statistics(out.tokens.aux)
+        return out.logits, state.written(params, new)
+
+    params = reduced.params
+    for _ in range(80):
+        logits, params = step(params)
+    assert np.abs(logits - reduced(images)).max() > 0.1 * np.abs(logits).max()
+    head = params["reducers"][0]["head"]
+    for norm, values in (("norm1", 8 * 4), ("norm2", 8)):  # that moving variances are unbiased is all that differs
+        head = head | {norm: head[norm] | {"var": head[norm]["var"] * (values - 1) / values}}
+    arrived = {**params, "reducers": {0: {**params["reducers"][0], "head": head}}}
+    np.testing.assert_allclose(reduced.with_params(arrived)(images), logits, atol=0.005 * np.abs(logits).max())
+    assert reduced.statistics(reduced.forward(params, images).tokens.aux) == {}
+
+    def loss(params):
+        return (learning.forward(params, images).logits ** 2).sum()
+
+    of_head = jax.jit(jax.grad(loss))(params)["reducers"][0]["head"]
+    for norm in ("norm1", "norm2"):
+        np.testing.assert_array_equal(of_head[norm]["mean"], 0)
+    assert np.abs(of_head["norm1"]["scale"]).max() > 0 and np.isfinite(of_head["over_depth"]).all()
+
+
+def test_what_is_inside_learns_too(model):
+    """DynamicViT masks, where the cache comes back stays; the statistics are of the second method."""
+    settings = {"reducer": "dynamicvit", "keep_rate": 0.5, "num_clr": 1}
+    reduced = tokjax.reduce(tokjax.reduce(model, "topk", keep_rate=0.9, layers=(0,)), "clca", **settings)
+    learning = reduced.learning()
+    assert learning.methods[1].reducer.layers == reduced.methods[1].reducer.layers == (1, 3, 4)
+    images = jax.random.normal(jax.random.key(0), (2, 16, 16, 3))
+    out = jax.jit(lambda params: learning.forward(params, images))(reduced.params)
+    assert losses(out.tokens.aux)["ratio"].shape == (2,)
+    assert set(learning.statistics(out.tokens.aux)["reducers"]) == {1}
+    assert learning.token_counts()[3] > reduced.token_counts()[3]
 
 
 def test_it_is_saved_with_its_parameters(model, tmp_path):

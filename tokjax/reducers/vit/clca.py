@@ -30,7 +30,9 @@ Where we decide:
 - Where a reducer leaves out tokens between two recoveries, the mean is one over all that it left from then on.
 - An empty cache (nothing was cached before the first reduction) brings nothing back; the published code fails.
 - What came back counts in the mean that DynamicViT's predictor takes; the published code leaves it out when it prunes.
-- Running statistics of the batch norms are read, not updated: `Head.moments` has what a training step needs.
+- While it learns (`learning`), batch norms go by the statistics of all rows of the batch, and the moving ones that
+  come of it are in `aux` under "statistics", for the training step to write. On several devices each goes by its own
+  rows, as in the published code.
 - Without prefix tokens the mean over all tokens stands for CLS. Padded rows take means over valid tokens.
 """
 
@@ -56,22 +58,30 @@ ALONE = {
     "evovit": "brings back itself what it sets aside, and nothing may change the tokens in between",
     "tomesd": "merges on a whole grid and gives back all that it merges",
 }
-Moments = tuple[Float[Array, "C"], Float[Array, "C"]]
+Statistics = dict[str, Float[Array, "C"]]
 
 
 class BatchNorm(nnx.Module):
-    """Over all axes but the second; running statistics get no gradient."""
+    """Over all axes but the second; moving statistics get no gradient."""
 
-    def __init__(self, width: int, eps: float = 1e-5):
-        self.eps = eps
+    def __init__(self, width: int, eps: float = 1e-5, momentum: float = 0.1):
+        self.eps, self.momentum = eps, momentum
         self.scale, self.bias = nnx.Param(jnp.ones(width)), nnx.Param(jnp.zeros(width))
         self.mean, self.var = nnx.BatchStat(jnp.zeros(width)), nnx.BatchStat(jnp.ones(width))
 
-    def __call__(self, x: Float[Array, "B C *T"], batch: bool = False) -> Float[Array, "B C *T"]:
-        """`batch`: by the statistics of this batch, as in training."""
-        axes, shape = (0, *range(2, x.ndim)), (-1,) + (1,) * (x.ndim - 2)
-        running = jax.lax.stop_gradient((self.mean[...], self.var[...]))
-        mean, var = (x.mean(axes), x.var(axes)) if batch else running
+    def __call__(self, x: Float[Array, "B C *T"]) -> Float[Array, "B C *T"]:
+        return self._normalised(x, *jax.lax.stop_gradient((self.mean[...], self.var[...])))
+
+    def learn(self, x: Float[Array, "B C *T"]) -> tuple[Float[Array, "B C *T"], Statistics]:
+        """By the statistics of this batch, with the moving ones behind it: of the variance the unbiased one moves."""
+        axes, count = (0, *range(2, x.ndim)), x.size // x.shape[1]
+        mean, var = x.mean(axes), x.var(axes)
+        moving = {"mean": (self.mean[...], mean), "var": (self.var[...], var * count / max(count - 1, 1))}
+        new = {name: old + self.momentum * (now - old) for name, (old, now) in moving.items()}
+        return self._normalised(x, mean, var), jax.lax.stop_gradient(new)
+
+    def _normalised(self, x: Array, mean: Array, var: Array) -> Array:
+        shape = (-1,) + (1,) * (x.ndim - 2)
         x = (x - mean.reshape(shape)) * jax.lax.rsqrt(var.reshape(shape) + self.eps)
         return x * self.scale[...].reshape(shape) + self.bias[...].reshape(shape)
 
@@ -86,24 +96,21 @@ class Head(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((width, expand)))
         self.out = nnx.Linear(width * expand, classes, dtype=jnp.float32, rngs=rngs)
 
-    def __call__(self, cls: Float[Array, "B C T"], batch: bool = False) -> Float[Array, "B K"]:
-        """`batch`: normalised by the statistics of this batch, as in training."""
-        mixed = self._mixed(cls, batch)
-        return self.out(jax.nn.gelu(self.norm2(mixed, batch), approximate=False))
+    def __call__(self, cls: Float[Array, "B C T"]) -> Float[Array, "B K"]:
+        return self._classified(self.norm2(self._mixed(self.norm1(cls.astype(jnp.float32)))))
 
-    def moments(self, cls: Float[Array, "B C T"]) -> tuple[Moments, Moments]:
-        """Mean and unbiased variance of this batch in both norms, for running statistics (published momentum 0.1)."""
+    def learn(self, cls: Float[Array, "B C T"]) -> tuple[Float[Array, "B K"], dict[str, Statistics]]:
+        """By the statistics of this batch, with the moving ones of both norms behind it."""
+        x, norm1 = self.norm1.learn(cls.astype(jnp.float32))
+        x, norm2 = self.norm2.learn(self._mixed(x))
+        return self._classified(x), {"norm1": norm1, "norm2": norm2}
 
-        def of(x: Array) -> Moments:
-            axes = (0, *range(2, x.ndim))
-            return x.mean(axes), x.var(axes, ddof=1)
-
-        return of(cls.astype(jnp.float32)), of(self._mixed(cls, batch=True))
-
-    def _mixed(self, cls: Array, batch: bool) -> Float[Array, "B C*k"]:
-        x = self.norm1(cls.astype(jnp.float32), batch)
+    def _mixed(self, x: Float[Array, "B C T"]) -> Float[Array, "B C*k"]:
         mixed = jnp.einsum("bct,ckt->bck", x, self.over_depth[...], precision="highest") + self.bias[...]
         return mixed.reshape(x.shape[0], -1)
+
+    def _classified(self, x: Float[Array, "B C*k"]) -> Float[Array, "B K"]:
+        return self.out(jax.nn.gelu(x, approximate=False))
 
 
 class OlderHead(nnx.Module):
@@ -199,6 +206,7 @@ class CLCA(nnx.Module):
         head: whether CLS at several depths is classified in place of the model's head; None: where there are classes.
         expand: channels of the head for every channel of the model; 0: the older head of the published code, a linear
             mixture of the depths without batch norms.
+        learning: the form in which it trains: batch norms go by the batch, the reducer inside has its training form.
         seed: of the parameters.
 
     Raises:
@@ -222,6 +230,7 @@ class CLCA(nnx.Module):
         recover_at_last: bool = True,
         head: bool | None = None,
         expand: int = 2,
+        learning: bool = False,
         seed: int = 0,
     ):
         if num_clr < 0 or (num_clr and not cache):
@@ -235,11 +244,14 @@ class CLCA(nnx.Module):
             raise ValueError(f"expand={expand}: must be at least 0")
         if reducer in ALONE and cache:
             raise ValueError(f"reducer={reducer!r}: {ALONE[reducer]}; only cache=False goes with it")
-        self.inner = None if reducer is None else inside(info, reducer, keep_rate, layers, settings or {})
-        reduced = () if self.inner is None else reducing(self.inner.hooks(info))
-        self.layers = schedules.at_layers((reduced or None) if layers is None else layers, info.depth)
+        inner = None if reducer is None else inside(info, reducer, keep_rate, layers, settings or {})
+        self.reduced = () if inner is None else reducing(inner.hooks(info))
+        if learning and reducer is not None:  # the same blocks, though its training form may remove nothing there
+            inner = inside(info, reducer, keep_rate, layers, settings or {}, learning)
+        self.inner = inner
+        self.layers = schedules.at_layers((self.reduced or None) if layers is None else layers, info.depth)
         self.cache, self.gap, self.num_clr, self.recover_at_last = cache, gap, num_clr, recover_at_last
-        self.pool_cls, self.pool_clr = pool_cls, pool_clr
+        self.pool_cls, self.pool_clr, self.learning = pool_cls, pool_clr, learning
         self.depths = tuple(sorted({*self.layers, info.depth - 1}))  # where the head reads
         rngs = nnx.Rngs(seed)
         if num_clr:
@@ -257,10 +269,9 @@ class CLCA(nnx.Module):
 
     def _caches(self, info: ModelInfo) -> list[Hook]:
         recover = {*self.layers, max(info.depth - 2, 0)} if self.recover_at_last else set(self.layers)
-        reduced = () if self.inner is None else reducing(self.inner.hooks(info))
         hooks, behind, cached = [], 0 if self.pool_clr else self.num_clr, 0
         for layer in range(max(recover) + 1):
-            store, behind = layer < max(recover), 0 if layer in reduced else behind
+            store, behind = layer < max(recover), 0 if layer in self.reduced else behind
             one = Cache(layer in recover, store, behind, self.gap, self.num_clr, self.pool_cls)
             hooks.append(Hook("after_block", layer, one))
             if layer in recover:
@@ -281,13 +292,23 @@ class CLCA(nnx.Module):
     def readout(self, states: tuple[Tokens, ...]) -> Logits:
         """Step 3: the head."""
         assert self.head is not None
+        if self.learning and isinstance(self.head, Head):
+            logits, statistics = self.head.learn(self.read(states))
+            return Logits(logits, {"statistics": {"head": statistics}})
         return Logits(self.head(self.read(states)))
 
 
 def inside(
-    info: ModelInfo, name: str, keep_rate: float, layers: tuple[int, ...] | None, given: Mapping[str, Any]
+    info: ModelInfo,
+    name: str,
+    keep_rate: float,
+    layers: tuple[int, ...] | None,
+    given: Mapping[str, Any],
+    learning: bool = False,
 ) -> Reducer:
     """The reducer in the middle: a keep rate and the locations become the settings that it has.
+
+    `learning`: in its training form.
 
     Raises:
         ValueError: settings that it refuses, or a keep rate that it has no use for.
@@ -307,6 +328,8 @@ def inside(
             where = layers
     if where is not None and "layers" in reducers.settings_of(name):
         settings.setdefault("layers", where)
+    if learning:
+        settings |= reducers.entry(name).training
     return reducers.create(name, info, **settings)
 
 
