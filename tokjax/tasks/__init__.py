@@ -10,6 +10,7 @@ from tokjax.errors import UserError
 
 MODES = ("all", "train", "eval", "sweep", "features", "bench", "viz", "compare", "speed", "lengths", "report")
 TASKS = {  # name -> module beside this one and class in it; imported when it runs
+    "a_clip": ("a_clip", "AClip"),
     "classify": ("classify", "Classify"),
     "compare": ("compare", "Compare"),
     "features": ("features", "FrozenFeatures"),
