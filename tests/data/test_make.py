@@ -67,6 +67,32 @@ def test_no_crop(crop):
     assert data.make(fields, "train", batch_size=4, train=True)._transform.crop is None
 
 
+def test_only_some_classes():
+    loader = data.make(config(only=("8", "3"), test_subset=40), "test", batch_size=64, train=False)
+    assert loader.source.class_names == ("8", "3")
+    batch, every = next(iter(loader)), data.make(config(), "test", batch_size=359, train=False)
+    assert batch["valid"].sum() == 40 and set(batch["label"][batch["valid"]]) == {0, 1}
+    whole = next(iter(every))
+    for label, name in enumerate((8, 3)):
+        of_class = whole["image"][whole["label"] == name]
+        image = batch["image"][batch["valid"] & (batch["label"] == label)][0]
+        assert (np.abs(of_class - image).max((1, 2, 3)) == 0).any()
+    np.testing.assert_array_equal(batch["label"][:40], loader.source.labels)
+
+
+@pytest.mark.parametrize(
+    ("only", "message"),
+    [
+        (("3", "cat"), "only has cat; the classes of the data are 0, 1, 2"),
+        (("3",), "must be at least two different classes"),
+        (("3", "3"), "must be at least two different classes"),
+    ],
+)
+def test_classes_that_are_not_there(only, message):
+    with pytest.raises(UserError, match=message):
+        data.make(config(only=only), "test", batch_size=8, train=False)
+
+
 def test_subsets():
     fields = config(subset=100, test_subset=30)
     train = data.make(fields, "train", batch_size=10, train=True)

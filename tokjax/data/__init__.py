@@ -15,7 +15,7 @@ from tokjax.data.captions import Captions, Tokenized
 from tokjax.data.dense import SegmentationFolder
 from tokjax.data.loader import Batch, Loader, LoaderIterator, Normaliser, Transform
 from tokjax.data.scenes import Scenes
-from tokjax.data.sources import Digits, ImageFolder, Parquet, Source, keep_decoded, open_source, subset
+from tokjax.data.sources import Digits, ImageFolder, Only, Parquet, Source, keep_decoded, open_source, subset
 from tokjax.data.transforms import Evaluation, ImageError, Mix, Normalise, Training
 from tokjax.errors import UserError
 
@@ -31,6 +31,7 @@ __all__ = [
     "Mix",
     "Normalise",
     "Normaliser",
+    "Only",
     "Parquet",
     "Scenes",
     "SegmentationFolder",
@@ -58,6 +59,7 @@ def default_config() -> ml_collections.ConfigDict:
     config.label_column = config_dict.placeholder(str)
     config.cache_gb = 4.0  # of parquet: encoded images kept in memory
     config.decoded_gb = 1.0  # a source that decoded is no larger is decoded once and kept; 0: never
+    config.only = ()  # names of the classes to keep, which are then counted in this order; (): all
     config.subset = config_dict.placeholder(int)  # this many training images, classes in proportion; None: all
     config.test_subset = config_dict.placeholder(int)
     config.image_size = (32, 32)  # height, width
@@ -142,6 +144,8 @@ def make(
     part = config.subset if split in ("train", config.train_split) else config.test_subset
     augment, resize = config.augment, config.resize
     try:
+        if config.only:
+            source = Only(source, tuple(map(str, config.only)))
         if part is not None:
             source = subset(source, part)
         if tokenizer is not None:

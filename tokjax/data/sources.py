@@ -318,6 +318,36 @@ class Subset(Labelled):
         return self._source.name_of(int(self._indices[index]))
 
 
+class Only(Subset):
+    """The examples of some classes, which alone are counted: label i is the i-th of the names.
+
+    Args:
+        source: of images, each of one class.
+        names: of the classes, at least two; numbers as text where the source has no names.
+
+    Raises:
+        UserError: a name that the source does not have, one twice, fewer than two, or no example of any.
+    """
+
+    def __init__(self, source: Source, names: Sequence[str]):
+        known = {name: label for label, name in enumerate(source.class_names)}
+        if unknown := [name for name in names if name not in known]:
+            has = listing(source.class_names, 20)
+            raise UserError(f"data config: only has {listing(unknown)}; the classes of the data are {has}")
+        if len(names) < 2 or len(set(names)) != len(names):
+            raise UserError(f"data config: only is {tuple(names)}; it must be at least two different classes")
+        numbers = np.full(len(known), -1, np.int32)
+        numbers[[known[name] for name in names]] = np.arange(len(names))
+        indices = np.flatnonzero(numbers[source.labels] >= 0)
+        if not len(indices):
+            raise UserError(f"data config: only is {tuple(names)}; the split has no example of any of them")
+        super().__init__(source, indices.astype(np.int64))
+        self.class_names, self.labels = tuple(names), numbers[source.labels[indices]]
+
+    def __getitem__(self, index: int) -> Example:
+        return {**super().__getitem__(index), "label": int(self.labels[index])}
+
+
 class Decoded(Labelled):
     """A source of small images that decodes each of them once, and keeps it while there is room.
 
