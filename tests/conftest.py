@@ -2,6 +2,7 @@
 
 import gc
 import os
+from pathlib import Path
 import tempfile
 
 import pytest
@@ -20,14 +21,35 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 gc.set_threshold(100_000, 50, 100)
 
 
-@pytest.hookimpl(tryfirst=True)  # before the groups are read
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Gives a file to one process, so that what its tests share is traced and compiled once.
+def group_of(nodeid: str) -> str:
+    """The tests that belong into one process, since they share programs and fixtures.
 
-    Files whose tests share less say so with groups of their own. What lasts longest starts first, so that no process
-    is left alone with it at the end.
+    Those are a file's; of the large ones the laws of one reducer, the vectors of one folder, and every notebook alone.
     """
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::")[0]))
-    items.sort(key=lambda item: not item.get_closest_marker("xdist_group").args[0].startswith("notebook"))
+    file, _, test = nodeid.partition("::")
+    case = test.partition("[")[2].removesuffix("]")
+    match Path(file).name:
+        case "test_contract.py":
+            return f"{file}[{case.rpartition('-')[2]}]"  # the name stands behind other parameters
+        case "test_golden.py":
+            return f"{file}[{case.partition('/')[0]}]"
+        case "test_colabs.py":
+            return nodeid
+    return file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log):
+    """Groups by the names of the tests: marks of xdist are not seen under pytest 9.2."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    return ByGroup(config, log) if config.getvalue("dist") == "loadscope" else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What lasts longest starts first, so that no process is left alone with it at the end."""
+    items.sort(key=lambda item: item.path.name not in ("test_colabs.py", "test_end_to_end.py"))

@@ -64,7 +64,6 @@ def run(name, kernel, folder) -> dict:
     return cells
 
 
-@pytest.mark.xdist_group("notebook quickstart")
 def test_quickstart(kernel, tmp_path):
     cells = run("quickstart", kernel, tmp_path)
     assert (tmp_path / "runs" / "quickstart" / "model" / "model.safetensors").is_file()
@@ -86,7 +85,6 @@ def test_quickstart(kernel, tmp_path):
     assert "merged (2, 49, 48) restored (2, 65, 48)" in text_of(cells["arrays"])
 
 
-@pytest.mark.xdist_group("notebook encoders")
 def test_encoders(kernel, tmp_path):
     cells = run("encoders", kernel, tmp_path)
     assert "siglip2" in text_of(cells["families"]) and "dinov3_vit" in text_of(cells["families"])
@@ -104,7 +102,6 @@ def test_encoders(kernel, tmp_path):
     assert float(re.search(r"features: ([\d.]+)", text_of(cells["dense"]))[1]) > 0.7
 
 
-@pytest.mark.xdist_group("notebook compare")
 def test_compare(kernel, tmp_path):
     cells = run("compare", kernel, tmp_path)
     assert len(pictures_of(cells["figure"])) == 1 and len(pictures_of(cells["pictures"])) == 2

@@ -4,7 +4,7 @@ A law that cannot hold for a method is exempted in the registry with the reason;
 really broken, so that an exemption goes when its reason does.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 import functools
 import re
 from typing import get_args
@@ -65,19 +65,11 @@ FOLLOWING = ("size", "position", "key_bias", "kind")
 SEEDS = st.integers(0, 2**31 - 1)
 
 
-def of_one(names: Iterable[str]) -> list:
-    """Parameters that bring all laws of a reducer into the process that has compiled it."""
-    return [pytest.param(name, marks=pytest.mark.xdist_group(f"contract of {name}")) for name in sorted(names)]
-
-
-NAMES = of_one(REGISTRY)
-
-
 def law(of: Law) -> Callable:
     """Makes `check(name)` a test of every registered reducer, turned round for those that are exempt."""
 
     def wrap(check: Callable[..., None]) -> Callable[..., None]:
-        @pytest.mark.parametrize("name", NAMES)
+        @pytest.mark.parametrize("name", sorted(REGISTRY))
         @functools.wraps(check)
         def test(name: str, **kwargs) -> None:
             if of not in REGISTRY[name].exempt:
@@ -223,7 +215,7 @@ def test_a_padded_row_gives_what_the_row_alone_gives(name):
         _check_padded_rows(name)
 
 
-@pytest.mark.parametrize("name", of_one(COMBINED))
+@pytest.mark.parametrize("name", COMBINED)
 def test_a_padded_row_gives_what_the_row_alone_gives_to_several(name):
     """Counts are shares of the patches at the input, whatever else has changed the tokens."""
     _check_padded_rows(name)
@@ -530,20 +522,20 @@ def test_the_knob_goes_from_cheapest_to_dearest(name):
     assert totals[0] < totals[-1] <= DEPTH * SHAPE[0], f"{knob.field} turns nothing: {totals}"
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sorted(REGISTRY))
 def test_an_unknown_setting_is_named(name):
     with pytest.raises(ValueError, match="no_such_setting"):
         create(name, no_such_setting=1)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sorted(REGISTRY))
 def test_exemptions_name_a_law_and_say_why(name):
     for of, reason in REGISTRY[name].exempt.items():
         assert of in get_args(Law)
         assert len(reason) > 20, "say why"
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sorted(REGISTRY))
 def test_hooks_can_be_static_arguments(name):
     reducer = made(name, info(SHAPE))
     hooks, again = reducer.hooks(info(SHAPE)), reducer.hooks(info(SHAPE))

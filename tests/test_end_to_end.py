@@ -22,10 +22,7 @@ from tokjax import data
 from tokjax.bench import report
 from tokjax.train.metrics import read_metrics
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning"),
-    pytest.mark.xdist_group("end_to_end"),  # what the fixtures make is made once
-]
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
 # Timings of a single round, on small batches.
 QUICK = [f"--config.{part}.{field}" for part in ("sweep", "bench") for field in ("repeats=1", "seconds=0.01")]

@@ -18,12 +18,6 @@ def test_there_are_golden_vectors():
     assert CASES, f"no golden vectors (*.npz) under {ROOT}: set TOKJAX_GOLDEN to a folder that has some"
 
 
-def of_one_folder(case: Path):
-    """A parameter that brings the cases of a folder into one process."""
-    name = case.relative_to(ROOT).with_suffix("").as_posix()
-    return pytest.param(case, marks=pytest.mark.xdist_group(f"golden {folder_of(case, ROOT)}"), id=name)
-
-
-@pytest.mark.parametrize("case", [of_one_folder(case) for case in CASES])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.relative_to(ROOT).with_suffix("").as_posix())
 def test_golden(case):
     print(check_case(case, adapter_of(folder_of(case, ROOT))))

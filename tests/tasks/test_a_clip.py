@@ -20,8 +20,6 @@ from tokjax.train.config import TrainConfig
 from tokjax.train.optimisers import make_optimiser
 from tokjax.train.state import Teacher, TrainState
 
-pytestmark = pytest.mark.xdist_group("a_clip")
-
 
 def small():
     config = recipe.get_config("short")

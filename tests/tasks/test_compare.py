@@ -11,8 +11,6 @@ from tokjax.models.vit import ViTConfig
 from tokjax.tasks import compare
 from tokjax.tasks.compare import bootstrap, default_config, form, training_free
 
-pytestmark = pytest.mark.xdist_group("compare")  # what the fixtures make is made once
-
 METHODS = (
     {"name": "tome", "label": "ToMe", "settings": {}},
     {"name": "gtp", "label": "GTP", "settings": {"neighbours": 4}},

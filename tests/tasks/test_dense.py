@@ -16,8 +16,6 @@ from tokjax.errors import UserError
 from tokjax.models.text import TextConfig
 from tokjax.models.vit import ViTConfig
 
-pytestmark = pytest.mark.xdist_group("dense")  # what the fixtures make is made once
-
 CONFIG = Path(__file__).parents[2] / "configs" / "dense_scenes.py"
 
 

@@ -14,8 +14,6 @@ from tokjax import api, tasks
 from tokjax.bench import report
 from tokjax.errors import UserError
 
-pytestmark = pytest.mark.xdist_group("features")  # what the fixtures make is made once
-
 CONFIG = Path(__file__).parents[2] / "configs" / "features_digits.py"
 
 

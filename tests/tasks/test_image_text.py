@@ -11,8 +11,6 @@ import tokjax
 from tokjax import tasks
 from tokjax.errors import UserError
 
-pytestmark = pytest.mark.xdist_group("image_text")  # what the fixtures make is made once
-
 
 def small(config):
     """Tiny towers and few scenes: seconds."""
