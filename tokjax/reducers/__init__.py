@@ -2,6 +2,9 @@
 
 `tokjax.reducers.tome(r=13)` makes one; its `plan(tokens, signals)` with `tokjax.apply(plan, tokens)` needs no model
 of ours. Adding a method is one file beside these and one entry here.
+
+MTO (Masked Token Optimization, ECCV 2024) is left out: there is no published code, nor equations that would decide what
+it computes, and it removes no token at inference.
 """
 
 from collections.abc import Callable, Mapping
