@@ -170,6 +170,13 @@ def test_drop_path_drops_whole_rows_and_keeps_the_mean():
     np.testing.assert_array_equal(layers.drop_path(x, 0.0, jax.random.key(0)), x)
 
 
+def test_drop_path_with_a_key_a_row_does_not_depend_on_the_batch():
+    x, keys = jnp.ones((64, 2, 3)), jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), jnp.arange(64))
+    out = layers.drop_path(x, 0.5, keys)
+    np.testing.assert_array_equal(layers.drop_path(x[:8], 0.5, keys[16:24]), out[16:24])
+    assert 0.2 < (out[:, 0, 0] == 0).mean() < 0.8
+
+
 def test_activations():
     x = np.linspace(-4, 4, 9)
     phi = np.array([0.5 * (1 + math.erf(v / 2**0.5)) for v in x])

@@ -137,3 +137,25 @@ def test_frozen_must_fit():
         optimisers.make_optimiser({"frozen": "pos_embedding"}, 10, params)
     with pytest.raises(UserError, match="leaves nothing to train"):
         optimisers.make_optimiser({"frozen": ".*"}, 10, params)
+
+
+def test_learning_rates_by_path():
+    """The first expression that matches counts; an update is scaled with its decay, nothing else is."""
+    params = {"model": vit_tree(), "reducers": {0: {"kernel": jnp.ones((2, 2))}}}
+    cfg = {"lr": 0.1, "weight_decay": 0.5, "frozen": "pos_embed"}
+    scales = [["head/.*", 2.0], ["model/.*", 0.5]]
+
+    def update(**more):
+        optimiser = optimisers.make_optimiser(cfg | more, 10, params)
+        return optimiser.update(params, optimiser.init(params), params)[0]
+
+    plain, scaled = update(), update(scales=scales)
+    factors = optimisers.scales({"scales": scales}, params)
+    assert factors["model"]["head"]["kernel"] == 2.0 and factors["model"]["pos_embed"] == 0.5
+    assert factors["reducers"][0]["kernel"] == 1.0
+    jax.tree.map(lambda p, s, f: np.testing.assert_allclose(s, f * p, rtol=1e-6), plain, scaled, factors)
+    with pytest.raises(UserError, match=r"optimiser.scales has 'nothing', which is the path of no parameter"):
+        update(scales=[["nothing", 1.0]])
+    for wrong in (("head", 1.0), [["head"]], [["head", -1.0]], [["(", 1.0]]):
+        with pytest.raises(UserError, match=r"optimiser.scales"):
+            update(scales=wrong)

@@ -168,11 +168,22 @@ def rope_2d(
 
 
 def drop_path(x: Float[Array, "B N C"], rate: float | Array, key: Array | None) -> Float[Array, "B N C"]:
-    """Stochastic depth (Huang et al. 2016): drops a residual branch for whole rows; off without a key."""
+    """Stochastic depth (Huang et al. 2016): drops a residual branch for whole rows; off without a key.
+
+    With one key a row, what becomes of a row does not depend on the batch around it.
+    """
     if key is None:
         return x
-    kept = jax.random.bernoulli(key, 1 - rate, (x.shape[0], 1, 1))
+    if key.ndim:
+        kept = jax.vmap(lambda one: jax.random.bernoulli(one, 1 - rate))(key)[:, None, None]
+    else:
+        kept = jax.random.bernoulli(key, 1 - rate, (x.shape[0], 1, 1))
     return jnp.where(kept, x / (1 - rate), 0)
+
+
+def fold_in(key: Array, number: int | Array) -> Array:
+    """`jax.random.fold_in` of one key, or of one key a row."""
+    return jax.vmap(jax.random.fold_in, (0, None))(key, number) if key.ndim else jax.random.fold_in(key, number)
 
 
 def pool(tokens: Tokens, how: Literal["cls", "mean", "size_mean", "cls_mean"]) -> Float[Array, "B K"]:

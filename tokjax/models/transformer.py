@@ -189,7 +189,7 @@ class Block(nnx.Module):
             y, after = hk.around(hooks, where, layer, tokens.replace(x=norm(tokens.x)), outside, run)
             y = getattr(self, scale)(y) if self.scaled else y
             if drop is not None:
-                y = layers.drop_path(y, drop[0], jax.random.fold_in(drop[1], salt))
+                y = layers.drop_path(y, drop[0], layers.fold_in(drop[1], salt))
             return after.replace(x=tokens.x + y)
 
         tokens = branch("around_attention", tokens, self.norm1, attend, "ls1", 0)
@@ -293,7 +293,7 @@ def _drop(cfg: BlockConfig, layer, key):
     if key is None or not cfg.drop_path:
         return None
     rate = cfg.drop_path * layer / max(cfg.depth - 1, 1)
-    return rate, jax.random.fold_in(key, layer)
+    return rate, layers.fold_in(key, layer)
 
 
 def _stacked(blocks: list[Block]) -> Block:

@@ -14,6 +14,7 @@ TASKS = {  # name -> module beside this one and class in it; imported when it ru
     "classify": ("classify", "Classify"),
     "compare": ("compare", "Compare"),
     "features": ("features", "FrozenFeatures"),
+    "train_reducer": ("train_reducer", "TrainReducer"),
     "dense": ("dense", "Dense"),
     "retrieval": ("retrieval", "Retrieval"),
     "zero_shot": ("zero_shot", "ZeroShot"),

@@ -1,15 +1,16 @@
 """Image classification: train a ViT, evaluate it, sweep reducers over budgets, time it, draw what merged."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
 import ml_collections
 import numpy as np
 
-from tokjax import api
+from tokjax import api, data, parallel
 from tokjax.errors import UserError
 from tokjax.tasks import experiment
 from tokjax.tasks.experiment import Experiment, model_config
@@ -41,13 +42,26 @@ class Classify(Experiment):
         test, classes = self.test_loader(), loader.source.num_classes
         if test.source.num_classes != classes:
             raise UserError(f"the training data have {classes} classes, the test data {test.source.num_classes}")
-        model = with_classes(self.fresh(), classes, self.config.seed)
+        self.learn(with_classes(self.fresh(), classes, self.config.seed), loader)
+
+    def learn(self, model: api.Model, loader: data.Loader) -> None:
+        """Trains a model with the classes of the data."""
+
+        def logits(params, inputs, keys):
+            return model.forward(params, inputs, key=keys, train=True).logits
+
+        run = parallel.by_rows(logits, self.mesh)
 
         def loss(params, batch, key):
-            logits = model.forward(params, self.inputs(model, batch), key=key, train=True).logits
-            correct, total = accuracy(logits, batch["label"], batch["valid"])
-            value = cross_entropy(logits, batch["label"], batch["valid"])
-            return value, {"accuracy": correct / jnp.maximum(total, 1)}
+            found = run(params, self.inputs(model, batch), parallel.row_keys(key, len(batch["label"])))
+            value = cross_entropy(found, batch["label"], batch["valid"])
+            return value, {"accuracy": share(found, batch)}
+
+        self.fit(model, loader, loss, self.evaluation(model))
+
+    def evaluation(self, model: api.Model) -> Callable[[PyTree], Mapping[str, float]]:
+        """From parameters to accuracy and loss on the test images."""
+        test = self.test_loader()
 
         @jax.jit
         def counts(params, batch):
@@ -56,10 +70,11 @@ class Classify(Experiment):
             return correct, total, total * cross_entropy(logits, batch["label"], batch["valid"])
 
         def evaluate(params) -> Mapping[str, float]:
+            params = self.with_parameters(model, params).params
             correct, total, value = np.sum([jax.device_get(counts(params, dict(batch))) for batch in test], 0)
             return {"accuracy": float(correct / total), "loss": float(value / total)}
 
-        self.fit(model, loader, loss, evaluate)
+        return evaluate
 
     def evaluate(self, model: api.Model, name: str) -> dict[str, Any]:
         """Accuracy, and how often the class is the one that the unreduced model gives."""
@@ -91,6 +106,12 @@ class Classify(Experiment):
             predicted.append(logits.argmax(-1)[batch["valid"]])
             labels.append(batch["label"][batch["valid"]])
         return np.concatenate(predicted), np.concatenate(labels)
+
+
+def share(logits: Float[Array, "B K"], batch: Mapping[str, Any]) -> Float[Array, ""]:
+    """Accuracy on a batch of training."""
+    correct, total = accuracy(logits, batch["label"], batch["valid"])
+    return correct / jnp.maximum(total, 1)
 
 
 def with_classes(model: api.Model, classes: int, seed: int = 0) -> api.Model:

@@ -22,7 +22,7 @@ from ml_collections import config_dict
 import numpy as np
 from tqdm import tqdm
 
-from tokjax import api, budget, data, reducers, viz
+from tokjax import api, budget, data, parallel, reducers, viz
 from tokjax.bench import flops, profile, report, timing
 from tokjax.errors import UserError
 from tokjax.models.vit import Patches, ViTConfig, preset
@@ -47,6 +47,7 @@ def default_config(task: str) -> ml_collections.ConfigDict:
     config.mode = "all"  # what runs without --mode
     config.title = "Token reduction"
     config.seed = 0
+    config.devices = 1  # over which a batch of training is split; 0: all
     config.batch_size = 64  # of training
     config.eval_batch_size = 128
     config.init = ""  # a checkpoint to start from: folder, file or hub id; empty: random weights
@@ -116,6 +117,13 @@ def user_input() -> Iterator[None]:
         raise
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def _tuples(settings: Any) -> Any:
+    """Settings as they compare: a list and a tuple are the same, which JSON does not tell apart."""
+    if isinstance(settings, Mapping):
+        return {name: _tuples(value) for name, value in settings.items()}
+    return tuple(map(_tuples, settings)) if isinstance(settings, list | tuple) else settings
 
 
 class Experiment(abc.ABC):
@@ -234,12 +242,22 @@ class Experiment(abc.ABC):
         with user_input():
             return self._reduced(self.build() if self.initial is None else self.initial)
 
-    def _reduced(self, model: Model) -> Model:
+    def reduction(self) -> tuple[str, dict[str, Any]]:
+        """Name and settings of the reducer of `config.reduce`; an empty name: none.
+
+        Raises:
+            UserError: settings without a name.
+        """
         name = self.config.reduce.name
-        settings = {k: v for k, v in self.config.reduce.items() if k != "name" and v is not None}
+        settings = {k: v for k, v in self.config.reduce.to_dict().items() if k != "name" and v is not None}
         if settings and not name:
             raise UserError(f"config.reduce={settings}: has no name; one of {', '.join(sorted(reducers.REGISTRY))}")
-        saved = [(method.name, dict(method.settings)) for method in model.methods]
+        return name, settings
+
+    def _reduced(self, model: Model) -> Model:
+        name, settings = self.reduction()
+        settings = _tuples(settings)
+        saved = [(method.name, _tuples(dict(method.settings))) for method in model.methods]
         if not name or saved == [(name, settings)]:  # a model that was trained reduced brings its reducer
             return model
         return api.reduce(model.unreduced, name, **settings)
@@ -278,6 +296,11 @@ class Experiment(abc.ABC):
             f"{self.workdir} holds no model: train one with --mode=train, or name one with "
             f"--config.init=FOLDER_OR_HUB_ID"
         )
+
+    @functools.cached_property
+    def mesh(self) -> jax.sharding.Mesh | None:
+        """Of training, over `config.devices`; None: one device."""
+        return parallel.data_mesh(self.config.devices)
 
     # Data
 
@@ -385,28 +408,32 @@ class Experiment(abc.ABC):
         self,
         model: Model,
         loader: data.Loader,
-        loss: LossFn,
+        loss: LossFn | Sequence[tuple[int, LossFn]],
         evaluate: Callable[[PyTree], Mapping[str, Any]],
         frozen: Sequence[str] = (),
         teacher: Teacher | None = None,
         constrain: Callable[[PyTree], PyTree] | None = None,
+        scales: Sequence[tuple[str, float]] = (),
     ) -> Model:
         """Trains what `parameters` names, saves the model in `finished` and gives it.
 
         Args:
             model: to start from.
             loader: of training.
-            loss: (parameters, batch, key) -> (loss, metrics).
+            loss: (parameters, batch, key) -> (loss, metrics); or several, each with the step from which it counts.
             evaluate: parameters -> scalars, of the test set.
             frozen: further patterns of parameters to leave as they are, see `OptimiserConfig`.
             teacher: of what `parameters` names, see `Teacher`.
             constrain: parameters -> parameters, after every update.
+            scales: further factors of learning rates, see there.
         """
-        settings = TrainConfig.of(self.config.train)
+        settings, mesh = TrainConfig.of(self.config.train), self.mesh
         if self.encoder(model).config.position == "sincos":
             frozen = (*frozen, "pos_embed")
         frozen = (*settings.optimiser.frozen, *frozen)
-        settings = dataclasses.replace(settings, optimiser=dataclasses.replace(settings.optimiser, frozen=frozen))
+        scales = (*settings.optimiser.scales, *scales)
+        optimiser = dataclasses.replace(settings.optimiser, frozen=frozen, scales=scales)
+        settings = dataclasses.replace(settings, optimiser=optimiser)
         parameters = self.parameters(model)
         print(f"{model}, {sum(x.size for x in jax.tree.leaves(parameters)):,} parameters", flush=True)
         state = train(
@@ -418,6 +445,8 @@ class Experiment(abc.ABC):
             evaluate=evaluate,
             teacher=teacher,
             constrain=constrain,
+            place_batch=None if mesh is None else functools.partial(parallel.place, mesh),
+            state_sharding=None if mesh is None else functools.partial(parallel.whole, mesh),
         )
         model = self.with_parameters(model, state.eval_params)
         api.save(model, self.finished)

@@ -25,6 +25,13 @@ def _whole(x: Any) -> bool:
     return isinstance(x, int) and not isinstance(x, bool)
 
 
+def _pairs(x: Any) -> bool:
+    def pair(one: Any) -> bool:
+        return isinstance(one, tuple) and len(one) == 2 and isinstance(one[0], str) and _real(one[1]) and one[1] >= 0
+
+    return isinstance(x, tuple) and all(map(pair, x))
+
+
 def _fields(config: type) -> list[str]:
     return [field.name for field in dataclasses.fields(config)]
 
@@ -45,6 +52,8 @@ class OptimiserConfig:
         accumulate: parts that a batch is split into, one after the other, before the one update that it gives.
         frozen: regular expressions; a parameter is not trained if one matches its path (`model/blocks/0/norm1/scale`)
             or the end of it from any `/` on: `blocks/0/.*`, `pos_embed`.
+        scales: pairs of such an expression and what the learning rate of the parameters that it matches is multiplied
+            by; the first that matches counts.
     """
 
     lr: float = 1e-3
@@ -58,6 +67,7 @@ class OptimiserConfig:
     clip_norm: float | None = 1.0
     accumulate: int = 1
     frozen: tuple[str, ...] = ()
+    scales: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
         frozen = self.frozen
@@ -74,6 +84,7 @@ class OptimiserConfig:
             "clip_norm": (self.clip_norm is None or (_real(self.clip_norm) and self.clip_norm > 0), "above 0, or None"),
             "accumulate": (_whole(self.accumulate) and self.accumulate >= 1, "a whole number of at least 1"),
             "frozen": (strings, "a tuple of regular expressions"),
+            "scales": (_pairs(self.scales), "a tuple of pairs of a regular expression and a number of at least 0"),
         }
         _check(self, "optimiser.", rules)
         if self.warmup_steps and self.warmup_fraction:
@@ -81,11 +92,12 @@ class OptimiserConfig:
                 f"optimiser.warmup_steps is {self.warmup_steps} and optimiser.warmup_fraction is "
                 f"{self.warmup_fraction}; give one of them"
             )
-        for pattern in frozen:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise UserError(f"optimiser.frozen has {pattern!r}, not a regular expression: {error}") from None
+        for name, patterns in (("frozen", frozen), ("scales", [pattern for pattern, _ in self.scales])):
+            for pattern in patterns:
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise UserError(f"optimiser.{name} has {pattern!r}, not a regular expression: {error}") from None
 
     @classmethod
     def of(cls, cfg: "Mapping[str, Any] | ml_collections.ConfigDict | OptimiserConfig") -> Self:
@@ -101,6 +113,8 @@ class OptimiserConfig:
             values["frozen"] = (values["frozen"],)
         elif "frozen" in values:
             values["frozen"] = tuple(values["frozen"])
+        if isinstance(values.get("scales"), list | tuple):
+            values["scales"] = tuple(tuple(pair) if isinstance(pair, list) else pair for pair in values["scales"])
         return cls(**values)
 
 

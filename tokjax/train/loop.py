@@ -4,8 +4,9 @@ A run that is killed and started again gives, on one machine, the same numbers a
 optimiser, the key and the place in the data are all in the checkpoint, and what a step draws depends on its number.
 """
 
+import bisect
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import copy
 from pathlib import Path
 import signal
@@ -97,7 +98,7 @@ def train(
     workdir: str | Path,
     *,
     init_params: Any,
-    loss_fn: LossFn,
+    loss_fn: LossFn | Sequence[tuple[int, LossFn]],
     train_loader: Loader,
     evaluate: Callable[[Any], Mapping[str, Any]] | None = None,
     place_batch: Callable[[Batch], Batch] | None = None,
@@ -114,7 +115,8 @@ def train(
         cfg: a ConfigDict with the fields of `TrainConfig`; others are not looked at.
         workdir: the run's folder, made if it is not there.
         init_params: parameters of a fresh run, and the shapes of a restarted one; they are copied.
-        loss_fn: (params, batch, key) -> (loss, metrics); see `make_step`.
+        loss_fn: (params, batch, key) -> (loss, metrics); see `make_step`. Or several of them, each with the number of
+            the step, from 0 on, from which it counts: one program each, of the same parameters.
         train_loader: endless batches, dicts of numpy arrays whose first axis is the batch.
         evaluate: params -> a dict of scalars; given the moving average where there is one. It keeps no reference.
         place_batch: puts a batch on the device or devices; None: the first device (a CPU reads it where it is).
@@ -142,16 +144,23 @@ def train(
 
     target = jax.eval_shape(fresh, init_params)
     sharding = None if state_sharding is None else state_sharding(target)
-    train_step = make_step(
-        loss_fn,
-        optimiser,
-        ema_decay=cfg.ema_decay,
-        accumulate=cfg.optimiser.accumulate,
-        frozen=frozen if any(jax.tree.leaves(frozen)) else None,
-        teacher=teacher,
-        constrain=constrain,
-        state_sharding=sharding,
-    )
+
+    def step_of(loss_fn: LossFn) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+        return make_step(
+            loss_fn,
+            optimiser,
+            ema_decay=cfg.ema_decay,
+            accumulate=cfg.optimiser.accumulate,
+            frozen=frozen if any(jax.tree.leaves(frozen)) else None,
+            teacher=teacher,
+            constrain=constrain,
+            state_sharding=sharding,
+        )
+
+    stages = [(first, step_of(loss)) for first, loss in ([(0, loss_fn)] if callable(loss_fn) else loss_fn)]
+    firsts = [first for first, _ in stages]
+    if not stages or firsts[0] != 0 or firsts != sorted(set(firsts)):
+        raise ValueError(f"loss_fn has losses from the steps {firsts} on: the first must be 0, the others ascend")
 
     # Where it starts.
     checkpoints = Checkpoints(
@@ -236,7 +245,7 @@ def train(
             if batch is None:
                 raise UserError(f"train_loader ended after {step - 1} of {cfg.total_steps} batches; it must not end")
             images = jax.tree.leaves(batch)[0].shape[0]
-            state, metrics = train_step(state, batch)
+            state, metrics = stages[bisect.bisect(firsts, step - 1) - 1][1](state, batch)
             pending.append((step, metrics))
             bar.update()
 

@@ -83,16 +83,45 @@ def frozen(cfg: Any, params: Any) -> Any:
         UserError: an expression that matches no parameter, or expressions that leave nothing to train.
     """
     cfg = OptimiserConfig.of(cfg)
-    names = [path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
-    hits = {pattern: [bool(re.fullmatch(f"(?:.*/)?(?:{pattern})", name)) for name in names] for pattern in cfg.frozen}
-    for pattern, hit in hits.items():
-        if not any(hit):
-            raise UserError(f"optimiser.frozen has {pattern!r}, which is the path of no parameter; {_some(names)}")
+    names = _names(params)
+    hits = {pattern: _hits("frozen", pattern, names) for pattern in cfg.frozen}
     moving = [name.rpartition("/")[2] in STATISTICS for name in names]
     mask = [any(hit) for hit in zip(moving, *hits.values(), strict=True)]
     if all(mask):
         raise UserError(f"optimiser.frozen is {cfg.frozen!r}, which leaves nothing to train; {_some(names)}")
     return jax.tree.unflatten(jax.tree.structure(params), mask)
+
+
+def scales(cfg: Any, params: Any) -> Any:
+    """What the learning rate of every parameter is multiplied by.
+
+    Args:
+        cfg: an OptimiserConfig, or a ConfigDict with its fields.
+        params: a tree of arrays (or of their shapes).
+
+    Returns:
+        The same tree with a float at each leaf.
+
+    Raises:
+        UserError: an expression that matches no parameter.
+    """
+    cfg, names = OptimiserConfig.of(cfg), _names(params)
+    factors = [1.0] * len(names)
+    for pattern, factor in reversed(cfg.scales):
+        hit = _hits("scales", pattern, names)
+        factors = [factor if h else before for h, before in zip(hit, factors, strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(params), factors)
+
+
+def _names(params: Any) -> list[str]:
+    return [path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
+
+
+def _hits(field: str, pattern: str, names: list[str]) -> list[bool]:
+    hit = [bool(re.fullmatch(f"(?:.*/)?(?:{pattern})", name)) for name in names]
+    if not any(hit):
+        raise UserError(f"optimiser.{field} has {pattern!r}, which is the path of no parameter; {_some(names)}")
+    return hit
 
 
 def _some(names: list[str]) -> str:
@@ -114,7 +143,7 @@ def make_optimiser(cfg: Any, total_steps: int, params: Any) -> optax.GradientTra
         An optax transformation whose updates are added to the parameters.
 
     Raises:
-        UserError: a field is out of range, or `frozen` does not fit the parameters.
+        UserError: a field is out of range, or `frozen` or `scales` do not fit the parameters.
     """
     cfg = OptimiserConfig.of(cfg)
     clip = optax.identity() if cfg.clip_norm is None else optax.clip_by_global_norm(cfg.clip_norm)
@@ -122,7 +151,12 @@ def make_optimiser(cfg: Any, total_steps: int, params: Any) -> optax.GradientTra
         schedule(cfg, total_steps), cfg.b1, cfg.b2, cfg.eps, weight_decay=cfg.weight_decay, mask=decayed
     )
     fixed = frozen(cfg, params)
-    if not any(jax.tree.leaves(fixed)):
-        return optax.chain(clip, adamw)
-    labels = jax.tree.map(lambda one: "frozen" if one else "trained", fixed)
-    return optax.partition({"trained": optax.chain(clip, adamw), "frozen": optax.set_to_zero()}, labels)
+    update = optax.chain(clip, adamw)
+    if any(jax.tree.leaves(fixed)):
+        labels = jax.tree.map(lambda one: "frozen" if one else "trained", fixed)
+        update = optax.partition({"trained": update, "frozen": optax.set_to_zero()}, labels)
+    if not cfg.scales:
+        return update
+    factors = scales(cfg, params)  # an update of AdamW, decay included, is proportional to the learning rate
+    scale = optax.stateless(lambda updates, _: jax.tree.map(lambda u, factor: factor * u, updates, factors))
+    return optax.chain(update, scale)
