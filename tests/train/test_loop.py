@@ -441,22 +441,21 @@ train(
 
 
 def test_losses_that_follow_one_another(tmp_path):
-    """Each counts from its step on, also behind a restart between two of them."""
+    """Each counts from its step on; the parameters are those of one loss."""
 
-    def told(number):
+    def stage(number):
         def loss(params, batch, key):
             value, metrics = tiny_run.loss_fn(params, batch, key)
             return value, metrics | {"stage": jnp.float32(number)}
 
         return loss
 
-    stages = [(0, told(0)), (3, told(1)), (5, told(2))]
-    changes = {"total_steps": 8, "log_every": 1, "checkpoint_every": 2, "eval_every": 0}
+    stages = [(0, stage(0)), (9, stage(1)), (11, stage(2))]
+    changes = {"total_steps": 14, "log_every": 1, "checkpoint_every": 2, "eval_every": 0}
     state = run(tmp_path / "whole", loss_fn=stages, **changes)
-    assert [row["train/stage"] for row in curve(tmp_path / "whole") if "train/stage" in row] == [0] * 3 + [1] * 2 + [
-        2
-    ] * 3
+    told = [row["train/stage"] for row in curve(tmp_path / "whole") if "train/stage" in row]
+    assert told == [0] * 9 + [1] * 2 + [2] * 3
     assert_same(state.params, run(tmp_path / "one", **changes).params)
-    for wrong in ([], [(1, told(0))], [(0, told(0)), (0, told(1))]):
+    for wrong in ([], [(1, stage(0))], [(0, stage(0)), (0, stage(1))]):
         with pytest.raises(ValueError, match="the first must be 0, the others ascend"):
             run(tmp_path / "wrong", loss_fn=wrong)
