@@ -86,6 +86,20 @@ def test_a_run_goes_on_exactly_with_its_teacher(trained, tmp_path):
         jax.tree.map(np.testing.assert_array_equal, getattr(whole, part), getattr(again, part))
 
 
+def test_two_devices_train_as_one(trained, tmp_path):
+    config = small()
+    config.devices = 2
+    task_of(config, tmp_path).run("train")
+
+    def losses(workdir):
+        lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+        return [line["train/loss"] for line in lines if "train/loss" in line]
+
+    one, two = losses(trained), losses(tmp_path)
+    np.testing.assert_allclose(two[0], one[0], rtol=1e-5)  # all pairs are contrasted, and normalised, over both
+    np.testing.assert_allclose(two, one, rtol=1e-3)
+
+
 def test_evaluation_is_that_of_retrieval(trained):
     task = task_of(small(), trained)
     row = task.evaluate(task.model(), "x")
