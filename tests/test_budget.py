@@ -31,7 +31,16 @@ def macs(model: tokjax.Model) -> float:
     return model.cost().total
 
 
-@pytest.mark.parametrize("name", sorted(name for name, entry in REGISTRY.items() if not entry.guided))
+LEARNED = sorted(name for name, entry in REGISTRY.items() if entry.knob.learned)
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_a_cost_that_comes_by_training_is_not_solved_for(model, name):
+    with pytest.raises(ValueError, match=f"name='{name}': reaches a cost by training alone; give it macs=0.7"):
+        budget.solve(name, model, macs=0.7)
+
+
+@pytest.mark.parametrize("name", sorted(n for n, entry in REGISTRY.items() if not (entry.guided or entry.knob.learned)))
 def test_target_is_reached_within_a_step_of_the_knob(model, name):
     found = budget.solve(name, model, macs=0.7)
     assert found.reached and found.target == 0.7

@@ -83,7 +83,8 @@ def solve(name, model, *, macs=None, tokens=None, tower="vision", inputs=None, *
         settings: of the reducer, all but the knob.
 
     Raises:
-        ValueError: no or two targets, a target outside (0, 1], or settings that `reduce` refuses.
+        ValueError: no or two targets, a target outside (0, 1], settings that `reduce` refuses, or a reducer whose cost
+            comes by training.
     """
     if (macs is None) == (tokens is None):
         raise ValueError(f"macs={macs}, tokens={tokens}: give one of the two")
@@ -98,6 +99,8 @@ def solve(name, model, *, macs=None, tokens=None, tower="vision", inputs=None, *
         if not 0 < target <= 1:
             raise ValueError(f"{'tokens' if macs is None else 'macs'}={target}: must be in (0, 1]")
     knob = reducers.entry(name).knob
+    if knob.learned:
+        raise ValueError(f"name={name!r}: reaches a cost by training alone; give it {knob.field}={given} as a setting")
     if knob.field in settings:
         raise ValueError(f"{knob.field}={settings[knob.field]!r}: is what solve turns; leave it out")
     search = _Search(name, model, macs is None, inputs, settings)

@@ -42,6 +42,12 @@ class ModelInfo:
     pooling: str = "cls"  # what the head reads: "cls", "mean", "size_mean", "cls_mean" or "map"
     sites: frozenset[str] = frozenset(get_args(Where))
     classes: int = 0  # 0: no classifier
+    patch: int = 0  # values that a patch is embedded from; 0: no patches
+    mlp: int = 0  # multiply-accumulates of an MLP for one token; 0: those of one four times as wide as the model
+
+    @property
+    def mlp_macs(self) -> int:
+        return self.mlp or 8 * self.width**2
 
 
 class Logits(struct.PyTreeNode):

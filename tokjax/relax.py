@@ -11,6 +11,9 @@ and is at most the number of valid entries. Of equal scores the lower index wins
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Real
+import numpy as np
+
+Counts = Real[Array, "K"] | Real[np.ndarray, "K"]
 
 STEPS = 40  # halvings of the interval in which a threshold lies: float32 has no finer ones
 REACH = 40.0  # temperatures beyond the scores at which a sigmoid is 0 or 1 in float32
@@ -187,7 +190,7 @@ def soft_rank(
     return jnp.where(valid, jnp.where(others, larger, 0).sum(-1), 0)
 
 
-def expected_count(logits: Float[Array, "*b K"], candidates: Real[Array, "K"]) -> Float[Array, "*b"]:
+def expected_count(logits: Float[Array, "*b K"], candidates: Counts) -> Float[Array, "*b"]:
     """The mean of the candidates under softmax(logits): a number that learns (DiffRate, Chen et al., ICCV 2023).
 
     Its gradient towards logit k is `chance[k] * (candidates[k] - mean)`. `ste_ceil` of it is a whole number.
@@ -196,7 +199,7 @@ def expected_count(logits: Float[Array, "*b K"], candidates: Real[Array, "K"]) -
     return jnp.sum(chance * jnp.asarray(candidates, jnp.float32), -1)
 
 
-def kept_probability(logits: Float[Array, "*b K"], candidates: Real[Array, "K"], length: int) -> Float[Array, "*b N"]:
+def kept_probability(logits: Float[Array, "*b K"], candidates: Counts, length: int) -> Float[Array, "*b N"]:
     """Probability that place i of a sorted sequence is kept, if candidate c keeps the first c places.
 
     That is the sum of softmax(logits) over the candidates above i, from 1 at the front to 0 behind the largest one: the

@@ -351,6 +351,7 @@ class Plan(struct.PyTreeNode):
     valid: Bool[Array, "B M"] | None = None  # of the output; None: where anything valid went in
     proportional: bool | None = struct.field(pytree_node=False, default=None)  # from here on; None: as it was
     key_bias: Float[Array, "B M"] | None = None  # of the output tokens, replaces theirs
+    gate: Float[Array, "B M"] | None = None  # the same for their gates
     x: Float[Array, "B N C"] | None = None  # moved in place of the tokens' own features (normalised, gated)
     append: Tokens | None = None  # put behind the output: caches, restored tokens
     carry: Mapping[str, Any] | None = None  # merged into tokens.carry
@@ -377,6 +378,8 @@ def apply(plan: Plan, tokens: Tokens) -> Tokens:
         tokens = concat(tokens, plan.append)
     if plan.key_bias is not None:
         tokens = tokens.replace(key_bias=plan.key_bias)
+    if plan.gate is not None:
+        tokens = tokens.replace(gate=plan.gate)
     if plan.carry is not None:
         tokens = tokens.replace(carry={**tokens.carry, **plan.carry})
     return tokens
@@ -432,6 +435,7 @@ def _move(plan: Plan, tokens: Tokens) -> Tokens:
         valid=valid,
         position=follow(tokens.position, fill=-1),
         key_bias=follow(tokens.key_bias),
+        gate=follow(tokens.gate),
         segment=follow(tokens.segment, fill=-1),
         kind=follow(tokens.kind),
         origin=None if tokens.origin is None else rows(m.dest(), tokens.origin, fill=m.num_out),

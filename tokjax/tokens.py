@@ -21,6 +21,7 @@ class Tokens(struct.PyTreeNode):
     position: Int[Array, "B N *d"] | None = None  # true source position, read by rotary and relative biases
     valid: Bool[Array, "B N"] | None = None  # None: all
     key_bias: Float[Array, "B N"] | None = None  # added to every later logit of this key (soft deletion gates)
+    gate: Float[Array, "B N"] | None = None  # 1 there, 0 masked, with a gradient, where masks learn; None: all there
     segment: Int[Array, "B N"] | None = None  # which sequence of its row a token belongs to; None: one a row
     kind: Int[Array, "B N"] | None = None  # special, text, visual, ... where a model mixes them
     origin: Int[Array, "B N0"] | None = None  # slot that now holds input token j, N if dropped; None: not traced
@@ -91,6 +92,7 @@ def concat(a: Tokens, b: Tokens) -> Tokens:
         position=both("position", -1),
         valid=both("valid", True),
         key_bias=both("key_bias", 0),
+        gate=both("gate", 1),
         segment=both("segment", 0),
         kind=both("kind", 0),
         origin=origin,

@@ -136,6 +136,10 @@ class AttentionPool(nnx.Module):
         key, value = jnp.split(x @ kernel[:, c:] + bias[c:], 2, -1)
         query, key, value = (y.reshape(*y.shape[:2], self.heads, c // self.heads) for y in (query, key, value))
         on_keys = tokens.attention_bias()
+        if tokens.gate is not None:  # counts each key as its gate
+            there = tokens.gate > 0.5
+            gate = jnp.where(there, jnp.log(jnp.where(there, tokens.gate, 1)), MASKED)
+            on_keys = gate if on_keys is None else on_keys + gate
         on_keys = None if on_keys is None else on_keys[:, None, None]
         out = fused(query, key, value, bias=on_keys)
         pooled = self.proj(out.reshape(len(x), 1, c))
@@ -192,6 +196,9 @@ def pool(tokens: Tokens, how: Literal["cls", "mean", "size_mean", "cls_mean"]) -
     What is no patch (CLS, registers) is in no mean. "cls_mean" is token 0 and behind it the mean weighted by size, K =
     2C channels, which DINOv2's classifiers read (facebookresearch/dinov2 `dinov2/eval/linear.py`, of one layer).
 
+    Tokens that are masked by a gate which learns count as their gate, of which the divisor takes no gradient (DiffRate,
+    Chen et al. 2023, `DiffRate/patch/mae.py`).
+
     Weighted by size, the mean over merged tokens is the mean over the patches that they stand for (ToMe's MAE models,
     `tome/patch/mae.py`); where no size is tracked both means are the same.
     """
@@ -203,7 +210,11 @@ def pool(tokens: Tokens, how: Literal["cls", "mean", "size_mean", "cls_mean"]) -
     weight = jnp.ones(x.shape[:2]) if how == "mean" else tokens.sizes()[:, tokens.prefix :]
     if tokens.valid is not None:
         weight = weight * tokens.valid[:, tokens.prefix :]
+    if tokens.gate is not None:
+        weight = weight * tokens.gate[:, tokens.prefix :]
     total = jnp.maximum(weight.sum(1, keepdims=True), 1e-6)
+    if tokens.gate is not None:
+        total = jax.lax.stop_gradient(total)
     return (jnp.einsum("bnc,bn->bc", x, weight, precision="highest") / total).astype(tokens.x.dtype)
 
 

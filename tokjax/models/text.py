@@ -16,7 +16,7 @@ import numpy as np
 
 from tokjax import hooks as hk
 from tokjax.models import layers
-from tokjax.models.transformer import SITES, Blocks, Gelu, MlpKind, Output, check_blocks
+from tokjax.models.transformer import SITES, Blocks, Gelu, MlpKind, Output, check_blocks, mlp_macs
 from tokjax.signals import Context
 from tokjax.token_map import rows
 from tokjax.tokens import Tokens
@@ -71,7 +71,7 @@ class TextConfig:
     @property
     def info(self) -> hk.ModelInfo:
         """The pooled token counts as the one protected token, see `Text`."""
-        return hk.ModelInfo(self.depth, self.width, self.heads, self.length, 1, None, "cls", SITES)
+        return hk.ModelInfo(self.depth, self.width, self.heads, self.length, 1, None, "cls", SITES, mlp=mlp_macs(self))
 
     def example(self, batch: int) -> Any:
         """Shape and type of the input, for tracing."""

@@ -318,6 +318,11 @@ def skeleton(kind: Callable[..., Blocks], cfg: Any) -> Blocks:
     return module
 
 
+def mlp_macs(cfg: BlockConfig) -> int:
+    """Multiply-accumulates of a block's MLP for one token; a gated one has three products in place of two."""
+    return (3 if cfg.mlp == "swiglu" else 2) * cfg.width * int(cfg.width * cfg.mlp_ratio)
+
+
 def check_blocks(cfg: BlockConfig) -> None:
     """Refuses fields of blocks that do not fit together.
 

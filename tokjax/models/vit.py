@@ -18,7 +18,7 @@ import numpy as np
 
 from tokjax import hooks as hk
 from tokjax.models import layers
-from tokjax.models.transformer import SITES, Blocks, Gelu, MlpKind, Output, Ran, check_blocks
+from tokjax.models.transformer import SITES, Blocks, Gelu, MlpKind, Output, Ran, check_blocks, mlp_macs
 from tokjax.signals import Context
 from tokjax.tokens import Tokens
 
@@ -164,6 +164,8 @@ class ViTConfig:
             self.pooling,
             SITES,
             self.num_classes,
+            self.patch_size**2 * self.channels,
+            mlp_macs(self),
         )
 
     def example(self, batch: int) -> Any:

@@ -24,6 +24,7 @@ from tokjax.reducers.vit.ats import ATS
 from tokjax.reducers.vit.clca import CLCA
 from tokjax.reducers.vit.controls import AvgPool, Random, Strided
 from tokjax.reducers.vit.diffrate import DiffRate, strengths
+from tokjax.reducers.vit.diffrate_search import DiffRateSearch, targets
 from tokjax.reducers.vit.dpcknn import DPCKNN
 from tokjax.reducers.vit.dynamicvit import DynamicViT
 from tokjax.reducers.vit.evit import EViT
@@ -83,12 +84,14 @@ class Knob:
         range: what may be given, in words.
         values: those to search, for a model.
         between: finer settings between two neighbours and the number of blocks that reduce, in the same order.
+        learned: whether the cost follows the knob by training only, so that nothing can be solved before.
     """
 
     field: str
     range: str
     values: Callable[[ModelInfo], list[Any]]
     between: Callable[[Any, Any, int], list[Any]] = _finer
+    learned: bool = False
 
 
 def _rates(info: ModelInfo) -> list[float]:
@@ -291,6 +294,20 @@ REGISTRY: dict[str, Entry] = {
         needs=("CLS attention",),
         knob=STRENGTH,
         neutral={"strength": 0.0},
+    ),
+    "diffrate_search": Entry(
+        make=DiffRateSearch,
+        kind="prune + merge, its rates learned",
+        paper="Chen et al., DiffRate, ICCV 2023",
+        needs=("CLS attention",),
+        knob=Knob("macs", "(0, 1], the target of training, lower is cheaper", targets, learned=True),
+        neutral={"macs": 1.0},
+        length="dynamic",
+        learned=True,
+        training={"masked": True},
+        losses=("flops",),
+        example={"macs": 0.9},
+        exempt={"knob": "the cost comes to the target by training; before it, all targets cost the same"},
     ),
     "sit": Entry(
         make=SiT,

@@ -20,6 +20,7 @@ Where we decide:
 - Nothing merges into a prefix token, of which the published code knows CLS alone; at least one patch stays.
 - The released rates serve other models too: as shares of the patches, interpolated over the depth. `strength` raises
   these shares to a power, which turns one searched table into a family from nothing (0) over the table itself (1) on.
+- Rates of one's own come from `diffrate_search`, as a JSON file for the very depth and number of patches.
 - Padded rows (not in the published code) keep their own shares; explicit counts hold for each row as they are.
 """
 
@@ -28,12 +29,13 @@ import dataclasses
 import functools
 import json
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypedDict, get_args
 
 import jax.numpy as jnp
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 import numpy as np
 
+from tokjax.errors import UserError
 from tokjax.hooks import Hook, ModelInfo
 from tokjax.reducers.vit.staged import input_patches, noted, noting, ranked
 from tokjax.reducers.vit.tome import join
@@ -69,45 +71,67 @@ def shares(rates: str, depth: int, strength: float = 1.0) -> tuple[Shares, ...]:
         ValueError: no rates of this name.
     """
     if rates not in released():
-        raise ValueError(f"rates={rates!r}: must be one of {', '.join(released())}")
+        raise ValueError(f"rates={rates!r}: must be one of {', '.join(released())}, or the path of a .json file")
     entry = released()[rates]
     blocks = entry.get("stages", [None])[0]  # of a hierarchical model: those before it pools
     merge = np.array(entry["merge"][:blocks], float)
     prune = merge[:1].repeat(len(merge)) if entry["prune"] is None else np.array(entry["prune"][:blocks], float)
     prefix = entry["prune"] is not None
-    patches = merge[0] - prefix
-    left, table = patches, []
-    for p, m in zip(prune - prefix, merge - prefix, strict=True):
-        until = min(left, p)
-        left = min(until, m)
-        table.append((until / patches, left / patches))
+    table = np.array(falling(prune - prefix, merge - prefix, int(merge[0]) - prefix))
     at = np.linspace(0, len(table) - 1, depth)
     columns = [np.interp(at, np.arange(len(table)), column) ** strength for column in np.transpose(table)]
     return tuple((float(until), float(left)) for until, left in zip(*columns, strict=True))
 
 
-def candidates(patches: int, granularity: int = 4) -> Int[np.ndarray, "K"]:
-    """The patch counts that the published search chooses from: all patches, then fewer by its granularity each."""
-    return np.arange(patches, 0, -granularity)
+def falling(prune: Float[np.ndarray, "L"], merge: Float[np.ndarray, "L"], patches: int) -> list[Shares]:
+    """Patches that each block is told to leave as shares that fall: the smallest count so far holds."""
+    table = []
+    left = float(patches)
+    for p, m in zip(prune.tolist(), merge.tolist(), strict=True):
+        until = min(left, p)
+        left = min(until, m)
+        table.append((until / patches, left / patches))
+    return table
 
 
-def chances(logits: Float[np.ndarray, "K"]) -> Float[np.ndarray, "K"]:
-    """Probability of every candidate, in double precision."""
-    chance = np.exp(np.asarray(logits, np.float64) - np.max(logits))
-    return chance / chance.sum()
+class Table(TypedDict):
+    """Rates of one model. Kept tokens have the prefix in them."""
+
+    depth: int
+    patches: int
+    prefix: int
+    prune_kept: list[int]  # of every block
+    merge_kept: list[int]
 
 
-def expected(logits: Float[np.ndarray, "K"], patches: int, granularity: int = 4) -> float:
-    """The expected candidate."""
-    return float(candidates(patches, granularity) @ chances(logits))
+def read_table(path: str | Path) -> Table:
+    """Rates from a JSON file, as `diffrate_search` makes them.
 
-
-def searched(logits: Float[np.ndarray, "K"], patches: int, granularity: int = 4) -> int:
-    """Tokens that searched logits keep, class token included: the expected candidate, rounded up.
-
-    Less a hair, since in single precision a whole number may come out above itself.
+    Raises:
+        UserError: no such file, or something else in it.
     """
-    return int(np.ceil(expected(logits, patches, granularity) - 1e-4)) + 1
+    try:
+        table = json.loads(Path(path).expanduser().read_text())
+        counts = [table[name] for name in ("depth", "patches", "prefix")]
+        lists = [table[name] for name in ("prune_kept", "merge_kept")]
+        whole = all(type(n) is int for n in (*counts, *lists[0], *lists[1]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"rates={str(path)!r}: no table of rates can be read there: {error!r}") from error
+    if not whole or any(len(kept) != table["depth"] for kept in lists):
+        raise UserError(f"rates={str(path)!r}: needs one whole number for each block in prune_kept and merge_kept")
+    if min(*lists[0], *lists[1]) <= table["prefix"]:
+        raise UserError(f"rates={str(path)!r}: leaves no more than the prefix of {table['prefix']} in some block")
+    return table
+
+
+def of_table(rates: str, info: ModelInfo, strength: float) -> tuple[Shares, ...]:
+    """The shares of a table in a file, which must be one for this model."""
+    table, patches = read_table(rates), info.length - info.prefix
+    for name, has, needs in (("depth", table["depth"], info.depth), ("patches", table["patches"], patches)):
+        if has != needs:
+            raise UserError(f"rates={rates!r}: is a table for {name}={has}; this model has {name}={needs}")
+    prune, merge = (np.array(kept, float) - table["prefix"] for kept in (table["prune_kept"], table["merge_kept"]))
+    return tuple((until**strength, left**strength) for until, left in falling(prune, merge, patches))
 
 
 def counted(share: float, patches: int) -> int:
@@ -131,7 +155,7 @@ class DiffRate:
 
     Attributes:
         rates: released rates by name, such as "ViT-S-DeiT/2.9" (`released()` has all); None: those of the published
-            model that is most like this one, with its middle target.
+            model that is most like this one, with its middle target; or the path of a `.json` file (`read_table`).
         strength: power of the shares that the rates leave, at least 0; 1 gives the published counts, 0 does nothing.
         prune_kept: in place of rates, tokens that pruning leaves in every block, prefix included; None: it drops none.
         merge_kept: the same for merging, which follows; None: nothing merges.
@@ -142,7 +166,8 @@ class DiffRate:
         patches: at the input, set by `hooks`.
 
     Raises:
-        ValueError: rates beside counts, an unknown name, a value out of range.
+        ValueError: rates beside counts, an unknown name, a value out of range; a table that cannot be read or is one
+            for another depth or number of patches.
     """
 
     rates: str | None = None
@@ -158,8 +183,10 @@ class DiffRate:
         given = self.prune_kept is not None or self.merge_kept is not None
         if given and (self.rates is not None or self.strength != 1):
             raise ValueError(f"rates={self.rates!r}, strength={self.strength}: do not go with prune_kept, merge_kept")
-        if self.rates is not None and self.rates not in released():
-            raise ValueError(f"rates={self.rates!r}: must be one of {', '.join(released())}")
+        if self.rates is not None and self.from_file:
+            read_table(self.rates)
+        elif self.rates is not None:
+            shares(self.rates, 1)
         if not 0 <= self.strength < np.inf:
             raise ValueError(f"strength={self.strength}: must be at least 0")
         for name in ("prune_kept", "merge_kept"):
@@ -171,12 +198,20 @@ class DiffRate:
         if self.min_size is not None and not self.min_size > 0:
             raise ValueError(f"min_size={self.min_size}: must be above 0")
 
+    @property
+    def from_file(self) -> bool:
+        return self.rates is not None and self.rates.endswith(".json")
+
     def hooks(self, info: ModelInfo) -> list[Hook]:
         """One hook for every block that leaves something out; shares are of the patches noted at the input."""
         if self.prune_kept is not None or self.merge_kept is not None:
             return self._given(info)
         left, patches, hooks = 1.0, info.length - info.prefix, []
-        for layer, pair in enumerate(shares(self.rates or fitting(info), info.depth, self.strength)):
+        if self.rates is not None and self.from_file:
+            pairs = of_table(self.rates, info, self.strength)
+        else:
+            pairs = shares(self.rates or fitting(info), info.depth, self.strength)
+        for layer, pair in enumerate(pairs):
             if pair[1] < left:
                 one = dataclasses.replace(self, rates=None, strength=1.0, shares=pair, patches=patches)
                 hooks.append(Hook("after_attention", layer, one))
@@ -231,14 +266,30 @@ class DiffRate:
             if self.shares is None and left >= n - p:
                 return None
             own = jnp.minimum(jnp.asarray(table)[input_patches(tokens)], tokens.count()[:, None] - p)
-            until_, left_ = own[:, :1], own[:, 1:]
-            order = ranked(tokens, importance(tokens, signals), left_[:, 0])
-            keep = jnp.where(jnp.arange(left) < left_, order[:, :left], n)
-            keep = jnp.concatenate([prefix, keep], 1)
-            place = left_ + jnp.arange(most)
-            tail = jnp.where(place < until_, rows(order, place, fill=n), n)
+            keep, tail = parted(tokens, importance(tokens, signals), own, left, most)
         if tail.shape[1] == 0:
             return Plan(HardMap(keep, tail, tail, n), how="keep", carry=noted(tokens))
         merge, similar = join(tokens.x, keep, tail, p)  # step 4: what was not pruned merges
         size = merge.replace(weight=similar) if self.sizes == "similarity" else merge
         return Plan(merge, size=size, how="mean", least=self.min_size, carry=noted(tokens))
+
+
+def parted(
+    tokens: Tokens, score: Float[Array, "B N"], own: Int[Array, "B 2"], left: int, most: int
+) -> tuple[Int[Array, "B M"], Int[Array, "B R"]]:
+    """Who stays and who merges, where every row has counts of its own; N is nobody.
+
+    Args:
+        tokens: padded or not.
+        score: the best stay, the next merge, the others are pruned.
+        own: tokens behind the prefix that pruning and then merging leave in each row.
+        left: slots behind the prefix for those that stay.
+        most: slots for those that merge.
+    """
+    n, until_, left_ = tokens.length, own[:, :1], own[:, 1:]
+    order = ranked(tokens, score, left_[:, 0])
+    prefix = jnp.broadcast_to(jnp.arange(tokens.prefix), (tokens.batch, tokens.prefix))
+    keep = jnp.where(jnp.arange(left) < left_, order[:, :left], n)
+    place = left_ + jnp.arange(most)
+    tail = jnp.where(place < until_, rows(order, place, fill=n), n)
+    return jnp.concatenate([prefix, keep], 1), tail
