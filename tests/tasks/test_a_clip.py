@@ -12,6 +12,7 @@ import pytest
 from configs import a_clip as recipe
 import tokjax
 from tokjax import tasks
+from tokjax.bench import flops
 from tokjax.errors import UserError
 from tokjax.models.projector import BatchNorm, Projector
 from tokjax.tasks.a_clip import bounded
@@ -27,6 +28,7 @@ def small():
     config.text.update({"width": 16, "depth": 1, "heads": 2})
     config.embed_dim, config.batch_size = 8, 16
     config.a_clip.hidden, config.a_clip.embedding, config.a_clip.jitter = 16, 8, 0.5
+    config.a_clip.simclr_weight, config.a_clip.byol_weight, config.a_clip.whole_steps = 1.0, 2.0, 0
     config.train.total_steps, config.train.eval_every, config.train.checkpoint_every = 4, 0, 2
     config.train.log_every, config.train.keep_best = 1, False
     return config
@@ -100,6 +102,29 @@ def test_two_devices_train_as_one(trained, tmp_path):
     np.testing.assert_allclose(two, one, rtol=1e-3)
 
 
+def test_at_first_all_patches_stay(tmp_path, monkeypatch):
+    config, given = small(), {}
+    config.a_clip.whole_steps = 3
+    task = task_of(config, tmp_path)
+    monkeypatch.setattr(task, "fit", lambda *args, teacher, **rest: given.update(args=args, teacher=teacher))
+    task.train()
+    (first, whole), (then, masked) = given["args"][2]
+    assert (first, then) == (0, 3)
+    model, batch = given["args"][0], next(iter(task.loader("train", train=True)))
+    params = task.parameters(model)
+
+    def cost(loss):
+        def value(params, batch):
+            return loss(params, batch, jax.random.key(0), given["teacher"].of(params))[0]
+
+        arrays = {name: jnp.asarray(batch[name]) for name in ("image", "ids", "valid", "boxes")}
+        return flops.count(value, params, arrays).total
+
+    saved = cost(whole) - cost(masked)
+    views, tokens_gone, width = 2 * config.batch_size, 16 - 4 * 3, 16  # three of the four super-patches stay
+    assert saved > views * tokens_gone * 12 * width**2
+
+
 def test_evaluation_is_that_of_retrieval(trained):
     task = task_of(small(), trained)
     row = task.evaluate(task.model(), "x")
@@ -112,6 +137,7 @@ def test_evaluation_is_that_of_retrieval(trained):
         ({"loss": "siglip"}, "config.loss='siglip': must be clip"),
         ({"a_clip.byol_weight": -1.0}, "byol_weight=-1.0: must be at least 0"),
         ({"a_clip.temperature": 0.0}, "temperature=0.0: must be above 0"),
+        ({"a_clip.whole_steps": -1}, "whole_steps=-1: must be at least 0"),
         ({"a_clip.keep_rate": 2.0}, "keep_rate=2.0"),
         ({"a_clip.grey": 2.0}, "grey must be between 0 and 1"),
         ({"a_clip.momentum": 2.0}, "momentum is 2.0"),

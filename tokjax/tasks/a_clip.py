@@ -7,12 +7,17 @@ sees the third, whole; the encoder sees the two, of which only the patches that 
 left. Both views are matched with the caption, with each other (SimCLR), and with the teacher's feature (BYOL). What
 comes out is an ordinary model: at inference nothing is removed.
 
+A teacher that knows nothing may look at the background, and then an encoder that sees nothing else teaches it no
+better: on scenes of digits on black this happens. `config.a_clip.whole_steps`, which is ours, lets the encoder see all
+patches at first, so that attention has a meaning before it masks.
+
 Where we follow the text against the code: SimCLR contrasts the two views (the code gives it one of them twice), and the
 third crop encloses the others (the code mixes up its sides). The code also averages text blocks and projections, which
 nothing reads; here the teacher has the image encoder and BYOL's projector.
 """
 
 from collections.abc import Mapping
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +50,7 @@ def default_config() -> ml_collections.ConfigDict:
     config.a_clip = a_clip = ml_collections.ConfigDict()
     a_clip.keep_rate = 0.5  # int(keep_rate * S) + 1 of the S super-patches stay; 1: all
     a_clip.pool = 2  # side of a super-patch, in patches
+    a_clip.whole_steps = 0  # at first, in which all patches stay
     a_clip.momentum = 0.996  # of the teacher at first; it rises to 1
     a_clip.freeze_patches = True  # leave the patch embedding as it was drawn
     a_clip.hidden = 4096  # width of the heads inside
@@ -70,6 +76,8 @@ class AClip(Retrieval):
         for name in ("simclr_weight", "byol_weight"):
             if not 0 <= config.a_clip[name] < np.inf:
                 raise UserError(f"config.a_clip.{name}={config.a_clip[name]}: must be at least 0")
+        if config.a_clip.whole_steps < 0:
+            raise UserError(f"config.a_clip.whole_steps={config.a_clip.whole_steps}: must be at least 0")
         if not 0 < config.a_clip.temperature < np.inf:
             raise UserError(f"config.a_clip.temperature={config.a_clip.temperature}: must be above 0")
 
@@ -117,14 +125,14 @@ class AClip(Retrieval):
         model, at = self.fresh(), self.config.a_clip
         with user_input():
             teacher = api.reduce(model.vision.unreduced, Watch())
-            student = api.reduce(model.vision, "a_clip", keep_rate=at.keep_rate, pool=at.pool)
+            masked = api.reduce(model.vision, "a_clip", keep_rate=at.keep_rate, pool=at.pool)
             part = Teacher(followed, at.momentum, self.config.train.total_steps)
         graphs = {name: graph for name, (graph, _) in self.heads(model).items()}
 
         def head(name: str, params: PyTree, x: Array, valid: Array) -> Array:
             return nnx.merge(graphs[name], params)(x, valid)
 
-        def loss(params, batch, key, followed):
+        def loss(student, params, batch, key, followed):
             towers, own, valid = params["model"], params["heads"], batch["valid"]
             b, height, width, channels = batch["image"].shape
             views = jnp.asarray(batch["image"]).reshape(b, VIEWS, height // VIEWS, width, channels)
@@ -163,7 +171,10 @@ class AClip(Retrieval):
 
         frozen = ("vision/model/patch_embed/.*",) if at.freeze_patches else ()
         loader = self.loader("train", train=True)
-        self.fit(model, loader, loss, evaluate, frozen, teacher=part, constrain=bounded)
+        losses = [(at.whole_steps, functools.partial(loss, masked))]
+        if at.whole_steps:
+            losses = [(0, functools.partial(loss, model.vision)), *losses]
+        self.fit(model, loader, losses, evaluate, frozen, teacher=part, constrain=bounded)
 
 
 def followed(params: PyTree) -> PyTree:
