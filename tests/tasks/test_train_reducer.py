@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+from pathlib import Path
+import runpy
 import shutil
 
 import jax
@@ -19,6 +21,7 @@ from tokjax.train import optimisers
 from tokjax.train.checkpoints import Checkpoints
 from tokjax.train.metrics import read_metrics
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 TINY = {"patch_size": 8, "width": 16, "depth": 1, "heads": 2}
 
 
@@ -315,3 +318,25 @@ def test_terms_of_rows_count_valid_rows():
     valid = jnp.array([True, False, True])
     assert mean(jnp.array([1.0, jnp.nan, 2.0]), valid) == 1.5
     assert mean(jnp.float32(3), valid) == 3
+
+
+def test_moving_statistics_are_written_on_several_devices(start, tmp_path):
+    config = config_of("clca", layers=(0,), cache=False)
+    config.init, config.devices, config.train.total_steps = str(start), 2, 2
+    _, params = trained(config, tmp_path)
+    head = params["reducers"][0]["head"]
+    for norm in ("norm1", "norm2"):
+        assert np.isfinite(head[norm]["var"]).all()
+        assert (np.asarray(head[norm]["mean"]) != 0).all() and (np.asarray(head[norm]["var"]) != 1).all()
+
+
+@pytest.mark.parametrize("name", ["clca", "dynamicvit"])
+def test_configs_of_learned_methods(name, tmp_path):
+    get_config = runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"]
+    for arg in (None, "cifar10", "digits"):
+        config = get_config(arg)
+        assert config.reduce.name == name and (config.learn.tokens.weight > 0) == (name == "dynamicvit")
+    config = get_config("digits" if name == "clca" else "digits-scratch")
+    model = tasks.make(config, tmp_path, "").fresh()
+    assert model.methods[0].name == name and config.learn.tokens.weight == 0
+    assert model.config.num_classes == (4 if name == "clca" else 10)

@@ -26,7 +26,7 @@ from tokjax.tasks.classify import Classify, share
 from tokjax.tasks.experiment import user_input
 from tokjax.token_map import rows
 from tokjax.train.losses import cross_entropy, distillation, token_distillation
-from tokjax.train.state import LossFn
+from tokjax.train.state import STATISTICS, LossFn
 
 __all__ = ["TrainReducer", "default_config"]
 
@@ -198,7 +198,9 @@ class TrainReducer(Classify):
         def forward(params, inputs, keys) -> dict[str, Any]:
             own = {name: params[name] for name in model.params}
             out = model.forward(own, inputs, key=keys, train=True, trace=by_tokens)
-            ran = {"logits": out.logits, "terms": losses(out.tokens.aux)}
+            # Moving statistics are not one a row: each part gives its own, as one.
+            statistics = jax.tree.map(lambda x: x[None], model.statistics(out.tokens.aux))
+            ran = {"logits": out.logits, "terms": losses(out.tokens.aux), "statistics": statistics}
             if teacher is not None:
                 told = teacher.forward({"model": params[TEACHER]}, inputs)
                 ran["teacher"] = told.logits
@@ -220,6 +222,8 @@ class TrainReducer(Classify):
                 tokens, kept, told = ran["tokens"]
                 terms["token_distillation"] = learn.tokens.weight * token_distillation(tokens, told, kept, valid)
             metrics = {f"loss/{name}": value for name, value in terms.items()}
+            if ran["statistics"]:
+                metrics[STATISTICS] = jax.tree.map(lambda x: x.mean(0), ran["statistics"])
             return sum(terms.values()), {"accuracy": share(ran["logits"], batch), **metrics}
 
         return loss
