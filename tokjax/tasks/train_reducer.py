@@ -55,6 +55,10 @@ def default_config() -> ml_collections.ConfigDict:
 class TrainReducer(Classify):
     """Any registered reducer on any classifier, from `config.init` or from scratch."""
 
+    @property
+    def steps(self) -> tuple[str, ...]:
+        return "train", "eval"
+
     @functools.cached_property
     def _reduction(self) -> tuple[str, dict[str, Any]]:
         name, settings = super().reduction()
