@@ -40,6 +40,11 @@ def images(cfg=BASE, batch=2):
     return np.random.default_rng(1).normal(size=(batch, *cfg.image_size, 3)).astype(np.float32)
 
 
+def run(model, x, **options):
+    """The whole output."""
+    return jax.jit(lambda p, x: model.forward(p, x, **options), compiler_options=QUICK)(model.params, x)
+
+
 def patches(length=16, shapes=SHAPES):
     values = np.random.default_rng(2).normal(size=(len(shapes), 16, 48)).astype(np.float32)
     valid = np.arange(16) < shapes.prod(1)[:, None]
@@ -92,7 +97,7 @@ def test_positions_travel_with_the_tokens():
 
 def test_a_merged_token_has_the_place_of_its_anchor():
     reduced = tokjax.reduce(model(ROPE), "tome", r=3)
-    out = reduced.forward(reduced.params, images(), trace=True)
+    out = run(reduced, images(), trace=True)
     position, origin = np.asarray(out.tokens.position), np.asarray(out.trace[-1].origin)
     assert (position[:, :5] == -1).all()  # CLS and registers
     for row in range(2):
@@ -103,7 +108,7 @@ def test_a_merged_token_has_the_place_of_its_anchor():
 
 def test_a_fused_token_is_not_rotated():
     reduced = tokjax.reduce(model(ROPE), "evit", keep_rate=0.5, layers=(1,))
-    out = reduced.forward(reduced.params, images())
+    out = run(reduced, images())
     assert (np.asarray(out.tokens.position)[:, -1] == -1).all()
     assert np.isfinite(out.logits).all()
 
@@ -208,6 +213,7 @@ def reduced_by(name, cfg, **settings):
 def test_every_reducer_has_its_shapes_in_every_encoder(encoder):
     cfg, refused = ENCODERS[encoder], REFUSED.get(encoder, {})
     x = inputs(cfg)
+    whole = jax.eval_shape(lambda p, x: model(cfg).forward(p, x), model(cfg).params, x)
     for name, entry in REGISTRY.items():
         assert entry.padding or encoder not in PADDED or name in refused
         if name in refused:
@@ -217,7 +223,6 @@ def test_every_reducer_has_its_shapes_in_every_encoder(encoder):
             continue
         reduced = reduced_by(name, cfg)
         out = jax.eval_shape(lambda p, x, r=reduced: r.forward(p, x, trace=True), reduced.params, x)
-        whole = jax.eval_shape(lambda p, x: model(cfg).forward(p, x), model(cfg).params, x)
         assert (out.logits, out.pooled) == (whole.logits, whole.pooled), name
         lengths = [layer.length for layer in out.trace]
         assert len(lengths) == cfg.depth and out.trace[-1].origin.shape == (
@@ -240,7 +245,7 @@ RUNS += [(name, OTHERS[i % len(OTHERS)]) for i, name in enumerate(sorted(REGISTR
 def test_every_reducer_runs(name, encoder):
     cfg = ENCODERS[encoder]
     reduced, x = reduced_by(name, cfg), inputs(cfg)
-    out = jax.jit(lambda p, x: reduced.forward(p, x, trace=True), compiler_options=QUICK)(reduced.params, x)
+    out = run(reduced, x, trace=True)
     assert np.isfinite(out.logits).all()
     if "model" not in REGISTRY[name].exempt:
         assert (np.asarray(out.trace[-1].tokens) <= counts_of(cfg)).all()
@@ -306,13 +311,13 @@ def test_pixels_beyond_whole_patches_are_not_seen():
 
 
 def test_states_are_those_after_every_block():
-    out = model(SIGLIP).forward(model(SIGLIP).params, images(SIGLIP), states=True)
+    out = run(model(SIGLIP), images(SIGLIP), states=True)
     assert len(out.states) == SIGLIP.depth
     np.testing.assert_array_equal(out.states[-1].x, out.tokens.x)
     short = dataclasses.replace(SIGLIP, depth=2)
     params = dict(model(SIGLIP).params["model"])
     params["blocks"] = {i: params["blocks"][i] for i in range(2)}
-    cut = tokjax.build(short).forward({"model": params, "reducers": {}}, images(SIGLIP))
+    cut = run(tokjax.build(short).with_params({"model": params, "reducers": {}}), images(SIGLIP))
     np.testing.assert_allclose(out.states[1].x, cut.tokens.x, atol=1e-6)
 
 

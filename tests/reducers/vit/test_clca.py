@@ -1,5 +1,6 @@
 """CLCA: what is cached and when it comes back, carriers, the head, what it wraps, saving."""
 
+from contract_setup import QUICK
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,12 @@ CONFIG = ViTConfig((16, 16), 4, width=16, depth=6, heads=2, num_classes=3)
 @pytest.fixture(scope="module")
 def model() -> tokjax.Model:
     return tokjax.build(CONFIG)
+
+
+def run(model: tokjax.Model, images, params=None):
+    """The whole output, with the states."""
+    forward = jax.jit(lambda params, x: model.forward(params, x, states=True), compiler_options=QUICK)
+    return forward(model.params if params is None else params, images)
 
 
 def lengths(model) -> list[int]:
@@ -135,7 +142,7 @@ def test_reducers_that_go_by_places_and_decisions(model, settings, expected):
     rng = np.random.default_rng(0)
     reduced = tokjax.reduce(model, "clca", keep_rate=0.5, layers=(1, 3), num_clr=1, **settings)
     noisy = jax.tree.map(lambda x: x + rng.normal(0, 0.1, x.shape).astype(np.float32), reduced.params)
-    out = reduced.forward(noisy, jnp.asarray(rng.normal(size=(2, 16, 16, 3)), jnp.float32), states=True)
+    out = run(reduced, rng.normal(size=(2, 16, 16, 3)).astype(np.float32), noisy)
     assert [state.length for state in out.states] == expected
     assert np.isfinite(out.logits).all() and np.ptp(out.logits, 0).min() > 0
 
@@ -171,15 +178,14 @@ def test_the_older_head_by_hand(model):
 def test_carriers_are_no_patches_to_any_reducer(model):
     """Neither to the one inside nor to one that is added."""
     reduced = tokjax.reduce(tokjax.reduce(model, "clca", num_clr=3), "ats", layers=(0,))
-    images = jnp.zeros((2, 16, 16, 3))
-    out = reduced.forward(reduced.params, images)
+    out = run(reduced, np.zeros((2, 16, 16, 3), np.float32))
     np.testing.assert_array_equal(out.tokens.carry["patches"], [16, 16])
 
 
 def test_the_head_replaces_the_models_logits(model):
     images = jax.random.normal(jax.random.key(0), (4, 16, 16, 3))
     reduced = tokjax.reduce(model, "clca")
-    out = reduced.forward(reduced.params, images, states=True)
+    out = run(reduced, images)
     assert out.logits.shape == (4, 3) and np.ptp(out.logits, 0).min() > 0  # the model's own head starts at zero
     assert len(out.head_logits) == 1 and out.pooled.shape == (4, 16)
     headless = tokjax.reduce(model, "clca", head=False)
@@ -189,7 +195,8 @@ def test_the_head_replaces_the_models_logits(model):
 def test_gradients_reach_carriers_and_head_but_not_the_statistics(model):
     reduced = tokjax.reduce(model, "clca", num_clr=1)
     images = jax.random.normal(jax.random.key(0), (2, 16, 16, 3))
-    gradient = jax.grad(lambda params: (reduced.forward(params, images).logits ** 2).sum())(reduced.params)
+    loss = jax.grad(lambda params: (reduced.forward(params, images).logits ** 2).sum())
+    gradient = jax.jit(loss, compiler_options=QUICK)(reduced.params)
     learned = gradient["reducers"][0]
     assert np.abs(learned["clr"]).max() > 0 and np.abs(learned["head"]["over_depth"]).max() > 0
     for norm in ("norm1", "norm2"):
@@ -233,12 +240,12 @@ def test_the_head_learns_its_moving_statistics(model):
         head = head | {norm: head[norm] | {"var": head[norm]["var"] * (values - 1) / values}}
     arrived = {**params, "reducers": {0: {**params["reducers"][0], "head": head}}}
     np.testing.assert_allclose(reduced.with_params(arrived)(images), logits, atol=0.005 * np.abs(logits).max())
-    assert reduced.statistics(reduced.forward(params, images).tokens.aux) == {}
+    assert reduced.statistics(run(reduced, images, params).tokens.aux) == {}
 
     def loss(params):
         return (learning.forward(params, images).logits ** 2).sum()
 
-    of_head = jax.jit(jax.grad(loss))(params)["reducers"][0]["head"]
+    of_head = jax.jit(jax.grad(loss), compiler_options=QUICK)(params)["reducers"][0]["head"]
     for norm in ("norm1", "norm2"):
         np.testing.assert_array_equal(of_head[norm]["mean"], 0)
     assert np.abs(of_head["norm1"]["scale"]).max() > 0 and np.isfinite(of_head["over_depth"]).all()
@@ -251,7 +258,7 @@ def test_what_is_inside_learns_too(model):
     learning = reduced.learning()
     assert learning.methods[1].reducer.layers == reduced.methods[1].reducer.layers == (1, 3, 4)
     images = jax.random.normal(jax.random.key(0), (2, 16, 16, 3))
-    out = jax.jit(lambda params: learning.forward(params, images))(reduced.params)
+    out = run(learning, images, reduced.params)
     assert losses(out.tokens.aux)["ratio"].shape == (2,)
     assert set(learning.statistics(out.tokens.aux)["reducers"]) == {1}
     assert learning.token_counts()[3] > reduced.token_counts()[3]
