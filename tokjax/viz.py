@@ -472,6 +472,7 @@ def pareto_plot(
     baseline: str | None = None,
     controls: Sequence[str] = (),
     title: str | None = None,
+    spread: str | None = None,
 ) -> Figure:
     """Quality over cost: a line for each method, controls dashed and grey, the unreduced model as a star and a line.
 
@@ -483,22 +484,28 @@ def pareto_plot(
         baseline: method name of the unreduced model; None: any of `BASELINES`.
         controls: method names that are controls, beside the rows that say `"control": True`.
         title: above the plot.
+        spread: key of how far a bar reaches up and down from the quality, in its unit; where it has no number: no bar.
 
     Raises:
         ValueError: no row has both numbers.
     """
-    series: dict[tuple[Role, str], list[tuple[float, float]]] = {}
+    series: dict[tuple[Role, str], list[tuple[float, float, float]]] = {}
     for row in rows:
         if is_number(row.get(x)) and is_number(row.get(y)):
-            point = float(row[x]) * _axis(x)[1], float(row[y]) * _axis(y)[1]
+            bar = row.get(spread) if spread else None
+            bar = float(bar) * _axis(y)[1] if is_number(bar) else 0.0
+            point = float(row[x]) * _axis(x)[1], float(row[y]) * _axis(y)[1], bar
             series.setdefault((row_role(row, baseline, controls), str(row.get(by, "?"))), []).append(point)
     if not series:
         raise ValueError(f"rows must hold at least one with finite numbers under {x!r} and {y!r}, got {len(rows)} rows")
     figure, (axes,) = _figure(1, len(series))
     taken = dict.fromkeys(("baseline", "control", "method"), 0)
     for (role, name), points in series.items():
-        xs, ys = zip(*sorted(points), strict=True)
+        xs, ys, bars = zip(*sorted(points), strict=True)
         place, taken[role] = taken[role], taken[role] + 1
+        if any(bars):
+            colour = {"baseline": _INK, "control": GREYS[place % len(GREYS)], "method": _style(place)["color"]}[role]
+            axes.errorbar(xs, ys, bars, fmt="none", ecolor=colour, elinewidth=1.0, capsize=3, zorder=2)
         if role == "baseline":
             axes.axhline(max(ys), color=_INK, linewidth=0.8, linestyle=(0, (1, 3)), zorder=1)
             axes.plot(xs, ys, "*", color=_INK, markersize=13, label=method_label(name, role), zorder=4)

@@ -8,7 +8,22 @@ import ml_collections
 
 from tokjax.errors import UserError
 
-MODES = ("all", "train", "eval", "sweep", "features", "bench", "viz", "compare", "speed", "lengths", "report")
+MODES = (
+    "all",
+    "train",
+    "eval",
+    "sweep",
+    "features",
+    "bench",
+    "viz",
+    "compare",
+    "speed",
+    "lengths",
+    "search",
+    "schedules",
+    "finetune",
+    "report",
+)
 TASKS = {  # name -> module beside this one and class in it; imported when it runs
     "a_clip": ("a_clip", "AClip"),
     "classify": ("classify", "Classify"),
@@ -16,6 +31,7 @@ TASKS = {  # name -> module beside this one and class in it; imported when it ru
     "features": ("features", "FrozenFeatures"),
     "train_reducer": ("train_reducer", "TrainReducer"),
     "dense": ("dense", "Dense"),
+    "rates": ("rates", "Rates"),
     "retrieval": ("retrieval", "Retrieval"),
     "zero_shot": ("zero_shot", "ZeroShot"),
 }
