@@ -257,6 +257,27 @@ class Model:
         other = Model(module, methods, preprocess=self.preprocess, family=self.family, form=self.form)
         return other.with_params(self.params)
 
+    def settled(self) -> "Model":
+        """The same with the counts that a search has learned as fixed ones, at their real cost.
+
+        A reducer whose lengths are parameters has `settled(params)`, which names the registered reducer and the
+        settings that do the same with static lengths. Others stay as they are.
+
+        Raises:
+            UserError: parameters that are not finite.
+        """
+        parts: Any = nnx.merge(self._graph, self.params)
+        methods = []
+        for i, method in enumerate(self.methods):
+            if hasattr(method.reducer, "settled"):
+                name, settings = method.reducer.settled(self.params["reducers"][i])
+                methods.append(Method(name, settings, reducers.create(name, self.info, **settings)))
+            else:
+                methods.append(dataclasses.replace(method, reducer=parts["reducers"].get(i, method.reducer)))
+        if [m.name for m in methods] == [m.name for m in self.methods]:
+            return self
+        return Model(parts["model"], methods, preprocess=self.preprocess, family=self.family, form=self.form)
+
     def statistics(self, aux: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         """New values of the moving statistics of a head that learns, at their place in `params`; {} without any.
 

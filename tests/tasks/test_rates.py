@@ -1,5 +1,6 @@
 """The study of learned rates: courses become each method's settings, costs are met, parts are done once."""
 
+import dataclasses
 import itertools
 import json
 
@@ -12,6 +13,7 @@ from tokjax.models.vit import ViTConfig
 from tokjax.tasks import rates
 
 SHAPE = ViTConfig(image_size=(32, 32), patch_size=8, width=16, depth=4, heads=2, num_classes=10)
+SHALLOW = dataclasses.replace(SHAPE, depth=3)
 
 
 @pytest.fixture(scope="module")
@@ -43,16 +45,16 @@ def test_a_course_meets_its_cost(model, kind):
 def ran(tmp_path_factory):
     """The whole study on a tiny model with random weights, twice: the second time nothing is left to do."""
     workdir = tmp_path_factory.mktemp("rates")
-    api.save(api.build(SHAPE, 0), workdir / "start")
+    api.save(api.build(SHALLOW, 0), workdir / "start")
     config = rates.default_config()
     config.init = str(workdir / "start")
     config.data.image_size = (32, 32)
     config.data.test_subset = 60
     config.batch_size = config.eval_batch_size = 20
     config.train.total_steps = 2
-    config.study.targets = (0.6,)
-    config.study.seeds = (0, 1)
-    config.study.methods = ("topk", "diffrate")
+    config.study.targets = (0.85,)
+    config.study.seeds = (0,)
+    config.study.methods = ("topk",)
     config.study.predictors = ("dynamicvit",)
     config.study.images = 40
     config.study.search.steps = 3
@@ -71,9 +73,9 @@ def of(rows, mode):
 
 def test_every_seed_has_rates_of_its_own_run(ran):
     workdir, _, rows = ran
-    assert [row["seed"] for row in of(rows, "search")] == [0, 1]
+    assert [row["seed"] for row in of(rows, "search")] == [0]
     for row in of(rows, "search"):
-        table = json.loads((workdir / "runs" / f"search_0.6_{row['seed']}" / "rates.json").read_text())
+        table = json.loads((workdir / "runs" / f"search_0.85_{row['seed']}" / "rates.json").read_text())
         assert row["settings"]["merge_kept"] == table["merge_kept"]
 
 
@@ -81,7 +83,7 @@ def test_every_course_is_judged_and_one_is_chosen_on_training_images(ran):
     workdir, config, rows = ran
     judged = [row for row in of(rows, "schedules") if row["method"] == "topk" and row["course"] != rates.SEARCHED]
     assert [row["course"] for row in judged] == list(rates.COURSES)
-    best = rates.Rates(config, workdir, "").chosen(0.6, "topk")
+    best = rates.Rates(config, workdir, "").chosen(0.85, "topk")
     assert best["choosing_loss"] == min(row["choosing_loss"] for row in judged if "loss" in row)
 
 
@@ -89,18 +91,24 @@ def test_all_are_tuned_once_a_seed(ran):
     tuned = of(ran[2], "finetune")
     cells = {(row["method"], row["course"] == rates.SEARCHED, row["seed"]) for row in tuned}
     assert len(tuned) == len(cells)
-    learned = {("diffrate", True), ("diffrate", False), ("topk", False), ("dynamicvit", False), ("unreduced", False)}
-    assert cells == {(*what, seed) for what in learned for seed in (0, 1)}
+    learned = {("diffrate", True), ("topk", False), ("dynamicvit", False), ("unreduced", False)}
+    assert cells == {(*what, 0) for what in learned}
 
 
 def test_report(ran):
     workdir = ran[0]
     table = (workdir / "table.md").read_text()
     assert "DiffRate, searched" in table
-    assert "±" in table
     assert (workdir / "before.png").is_file()
     assert (workdir / "after.png").is_file()
-    assert (workdir / "tokens_0.6.png").is_file()
+    assert (workdir / "tokens_0.85.png").is_file()
+
+
+def test_spread_over_seeds():
+    found = rates._spread([{"accuracy": 0.5}, {"accuracy": 0.6}, {"unreachable": "far"}], "before")
+    assert found["before"] == "55.00 ± 7.07"
+    assert rates._spread([{"accuracy": 0.5}], "before") == {"before": "50.00", "before_mean": 0.5, "before_sd": None}
+    assert rates._spread([], "before") == {}
 
 
 def test_a_study_needs_a_model_to_start_from(tmp_path):

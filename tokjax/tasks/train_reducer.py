@@ -30,6 +30,7 @@ from tokjax.train.state import STATISTICS, LossFn
 
 __all__ = ["TrainReducer", "default_config"]
 
+RATES = "rates.json"
 TEACHER = "teacher"  # its parameters travel with those that are trained, frozen, so that checkpoints hold them
 
 
@@ -108,6 +109,11 @@ class TrainReducer(Classify):
     def with_parameters(self, model: api.Model, parameters: PyTree) -> api.Model:
         return model.with_params({name: parameters[name] for name in model.params})
 
+    def model(self) -> api.Model:
+        """As of any experiment; counts that were searched are fixed, so that they cost what they should."""
+        with user_input():
+            return super().model().settled()
+
     # Training
 
     def learn(self, model: api.Model, loader: data.Loader) -> None:
@@ -131,7 +137,7 @@ class TrainReducer(Classify):
         stages = [(first, self.stage(model, value)) for first, value in self.ramp()]
         for _, stage in stages:
             _check_losses(stage)
-        self.fit(
+        fitted = self.fit(
             model,
             loader,
             [(first, self.loss(stage)) for first, stage in stages],
@@ -139,6 +145,14 @@ class TrainReducer(Classify):
             frozen=self.frozen(),
             scales=self.scales(model),
         )
+        self.write_tables(fitted)
+
+    def write_tables(self, model: api.Model) -> None:
+        """Counts that were searched go to `workdir/rates.json` too, which `diffrate` reads."""
+        for i, method in enumerate(model.methods):
+            if hasattr(method.reducer, "write_table"):
+                method.reducer.write_table(self.workdir / RATES, model.params["reducers"][i])
+                print(f"The rates are in {self.workdir / RATES}", flush=True)
 
     def ramp(self) -> list[tuple[int, Any]]:
         """First step and value of the knob of every stage; None: as it is.

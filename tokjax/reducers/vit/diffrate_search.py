@@ -310,6 +310,15 @@ class DiffRateSearch(nnx.Module):
             "target": self.target * self.unit / full,
         }  # type: ignore[typeddict-unknown-key]
 
+    def settled(self, params: Any) -> tuple[str, dict[str, Any]]:
+        """Registered name and settings that do the same with static lengths.
+
+        Raises:
+            UserError: logits that are not finite.
+        """
+        table = self.table(params)
+        return "diffrate", {name: tuple(table[name]) for name in ("prune_kept", "merge_kept")}
+
     def write_table(self, path: str | Path, params: Any = None) -> None:
         """Writes `table` as JSON, which `diffrate` reads."""
         text = json.dumps(self.table(params), indent=1)
