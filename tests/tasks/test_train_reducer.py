@@ -15,7 +15,7 @@ from tokjax import api, reducers, tasks
 from tokjax.errors import UserError
 from tokjax.hooks import Hook
 from tokjax.tasks.experiment import model_config
-from tokjax.tasks.train_reducer import default_config, kept_tokens, mean
+from tokjax.tasks.train_reducer import default_config, kept_tokens, mean, told_numbers
 from tokjax.token_map import Plan
 from tokjax.train import optimisers
 from tokjax.train.checkpoints import Checkpoints
@@ -312,6 +312,26 @@ def test_tokens_that_are_kept(start):
     _, kept = kept_tokens(out, 1)
     (aux,) = out.tokens.aux.values()
     np.testing.assert_array_equal(kept, aux["decision"] > 0.5)
+
+
+def test_learned_rates_are_written_and_evaluated(start, tmp_path):
+    config = config_of("diffrate_search", protected=())
+    config.init, config.learn.macs = str(start), 0.9  # the target of its training, which nothing solves for before
+    task = tasks.make(config, tmp_path, "")
+    (reduced,) = task.beside(model := task.fresh())
+    assert model.methods[0].settings == {"protected": (), "macs": 0.9}
+    kept = json.loads((tmp_path / "rates.json").read_text())["merge_kept"]
+    assert reduced.methods[0].name == "diffrate" and reduced.token_counts() == tuple(kept) != (17,)
+    assert tasks.make(config_of("tome", r=2), tmp_path, "").beside(model.unreduced) == []
+
+
+def test_what_reducers_note_of_themselves():
+    aux = {
+        "00.a": {"loss/x": jnp.float32(1), "macs": 3, "kept": jnp.array([5, 4])},
+        "01.b": {"decision": jnp.ones((2, 3))},
+    }
+    told = told_numbers(aux)
+    assert told == {"macs": 3, "kept/00": 5, "kept/01": 4} and told["macs"].dtype == jnp.float32
 
 
 def test_terms_of_rows_count_valid_rows():

@@ -6,7 +6,7 @@ from. While it learns a reducer has its training form (`tokjax.Model.learning`);
 plain one, which prunes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import functools
 import operator
 from typing import Any
@@ -19,8 +19,9 @@ from ml_collections import config_dict
 
 from tokjax import api, budget, data, parallel, reducers
 from tokjax.errors import UserError
-from tokjax.hooks import losses
+from tokjax.hooks import LOSS, losses
 from tokjax.models.transformer import Output
+from tokjax.reducers.vit.diffrate_search import DiffRateSearch
 from tokjax.tasks import classify
 from tokjax.tasks.classify import Classify, share
 from tokjax.tasks.experiment import user_input
@@ -74,6 +75,8 @@ class TrainReducer(Classify):
                 return name, {**settings, knob: values[-1]}
             if macs is None:
                 return name, settings
+            if reducers.entry(name).knob.learned:  # training turns it
+                return name, {**settings, knob: macs}
             model = self.build() if self.initial is None else self.initial.unreduced
             found = budget.solve(name, model, macs=macs, **settings)
         if found.unreachable:
@@ -154,6 +157,17 @@ class TrainReducer(Classify):
                 method.reducer.write_table(self.workdir / RATES, model.params["reducers"][i])
                 print(f"The rates are in {self.workdir / RATES}", flush=True)
 
+    def beside(self, model: api.Model) -> Sequence[api.Model]:
+        """`diffrate` at the rates that a search has learned, which it reads from `workdir/rates.json`."""
+        found = []
+        for index, method in enumerate(model.methods):
+            if isinstance(method.reducer, DiffRateSearch):
+                path = self.workdir / "rates.json"
+                method.reducer.write_table(path, model.params["reducers"][index])
+                print(f"The rates are in {path}", flush=True)
+                found.append(api.reduce(model.unreduced, "diffrate", rates=str(path)))
+        return found
+
     def ramp(self) -> list[tuple[int, Any]]:
         """First step and value of the knob of every stage; None: as it is.
 
@@ -219,6 +233,7 @@ class TrainReducer(Classify):
             # Moving statistics are not one a row: each part gives its own, as one.
             statistics = jax.tree.map(lambda x: x[None], model.statistics(out.tokens.aux))
             ran = {"logits": out.logits, "terms": losses(out.tokens.aux), "statistics": statistics}
+            ran["told"] = told_numbers(out.tokens.aux)
             if teacher is not None:
                 told = teacher.forward({"model": params[TEACHER]}, inputs)
                 ran["teacher"] = told.logits
@@ -240,6 +255,7 @@ class TrainReducer(Classify):
                 tokens, kept, told = ran["tokens"]
                 terms["token_distillation"] = learn.tokens.weight * token_distillation(tokens, told, kept, valid)
             metrics = {f"loss/{name}": value for name, value in terms.items()}
+            metrics |= {f"reducer/{name}": value for name, value in ran["told"].items()}
             if ran["statistics"]:
                 metrics[STATISTICS] = jax.tree.map(lambda x: x.mean(0), ran["statistics"])
             return sum(terms.values()), {"accuracy": share(ran["logits"], batch), **metrics}
@@ -262,6 +278,18 @@ def kept_tokens(out: Output, prefix: int) -> tuple[Float[Array, "B P C"], Bool[A
         kept &= jnp.pad(told[-1] > 0.5, ((0, 0), (prefix, 0)), constant_values=True)[:, : kept.shape[1]]
     features = rows(out.features, jnp.where(kept, origin, 0))
     return features[:, prefix:], kept[:, prefix:]
+
+
+def told_numbers(aux: Mapping[str, Mapping[str, Any]]) -> dict[str, Float[Array, ""]]:
+    """What reducers note of themselves for the curves of a training: scalars, and `kept`, tokens block by block."""
+    found: dict[str, Array] = {}
+    for noted in aux.values():
+        for name, value in noted.items():
+            if name == "kept" and jnp.ndim(value) == 1:
+                found |= {f"kept/{block:02d}": jnp.float32(value[block]) for block in range(len(value))}
+            elif not name.startswith(LOSS) and jnp.ndim(value) == 0:
+                found[name] = jnp.float32(value)
+    return found
 
 
 def mean(term: Float[Array, "*B"], valid: Bool[Array, "B"]) -> Float[Array, ""]:
