@@ -285,6 +285,8 @@ def told_numbers(aux: Mapping[str, Mapping[str, Any]]) -> dict[str, Float[Array,
     found: dict[str, Array] = {}
     for noted in aux.values():
         for name, value in noted.items():
+            if isinstance(value, Mapping):  # such as moving statistics
+                continue
             if name == "kept" and jnp.ndim(value) == 1:
                 found |= {f"kept/{block:02d}": jnp.float32(value[block]) for block in range(len(value))}
             elif not name.startswith(LOSS) and jnp.ndim(value) == 0:
