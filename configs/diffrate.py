@@ -1,7 +1,7 @@
 """DiffRate: how many tokens every block prunes and merges is learned by gradient, at a target of MACs.
 
-The network stays as it is; only the rates learn. After the training `workdir/rates.json` holds the count of every block
-and the table shows the model with them twice: as it learned them (masked, at full length) and as `diffrate` runs them.
+The network stays as it is; only the rates learn. After the training `workdir/rates.json` holds the counts of every
+block, and what is evaluated is the model with them, as `diffrate` runs it.
 
 python -m tokjax.main --config=configs/digits.py --mode=train --workdir=runs/digits
 python -m tokjax.main --config=configs/diffrate.py --config.init=runs/digits --workdir=runs/diffrate

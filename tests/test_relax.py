@@ -167,3 +167,20 @@ def test_temperatures_that_cannot_be(f):
         relax.soft_rank(SCORE, -1.0)
     with pytest.raises(ValueError, match="temperature=nan"):
         relax.gumbel_softmax(KEY, SCORE, float("nan"))
+
+
+def test_the_chord_of_a_dropped_key_is_what_keeping_it_would_change():
+    logits, policy = jnp.array([[2.0, 1.0, 40.0]]), jnp.array([1.0, 1.0, 0.0])  # one key outweighs all that are kept
+    rows = jnp.array([0])
+    value = relax.policy_softmax(logits, policy, rows)
+    np.testing.assert_array_equal(relax.policy_softmax(logits, policy, rows, chord=True), value)
+
+    def of(chord, policy, at):
+        return relax.policy_softmax(logits, policy, rows, 1e-30, chord=chord)[0, at]
+
+    change = of(False, jnp.ones(3), 2) - of(False, policy, 2)
+    slope = jax.grad(of, argnums=1)(True, policy, 2)[2]
+    np.testing.assert_allclose(slope, change, rtol=1e-5)
+    assert jax.grad(of, argnums=1)(False, policy, 2)[2] > 1e15
+    kept = [jax.grad(of, argnums=1)(chord, policy, 0)[:2] for chord in (False, True)]
+    np.testing.assert_allclose(*kept, rtol=1e-5)  # that of kept keys is the same

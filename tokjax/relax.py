@@ -215,6 +215,8 @@ def policy_softmax(
     policy: Float[Array, "*b N"],
     queries: slice | Int[Array, "Q"] = slice(None),
     eps: float = 1e-6,
+    *,
+    chord: bool = False,
 ) -> Float[Array, "*b Q N"]:
     """Attention that dropped tokens take no part in, differentiable towards who is dropped.
 
@@ -226,10 +228,19 @@ def policy_softmax(
         policy: 1 kept, 0 dropped, of every key; axes before the last must broadcast with those of the logits' rows.
         queries: which rows these are, of as many as there are keys.
         eps: added to the sum of a row, an N-th of it to every key.
+        chord: whether the gradient towards a dropped key is the slope of the chord, from dropped to kept, and not of
+            the tangent. The tangent says what a first hair of the key would change, which is up to 1 / eps where the
+            key outweighs all that are kept together; the chord says what the whole key would, at most 1.
     """
     n = logits.shape[-1]
     own = jnp.eye(n)[queries]
     policy = policy.astype(jnp.float32)[..., None, :]
     logits = logits.astype(jnp.float32)
-    e = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True))) * (policy + (1 - policy) * own)
+    e = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
+    if chord:
+        fixed = jax.lax.stop_gradient(policy)
+        total = jnp.sum(e * (fixed + (1 - fixed) * own), -1, keepdims=True) + eps
+        slope = jax.lax.stop_gradient(total / (total + e * (1 - fixed) * (1 - own)))
+        policy = fixed + (policy - fixed) * slope
+    e = e * (policy + (1 - policy) * own)
     return (e + eps / n) / (e.sum(-1, keepdims=True) + eps)

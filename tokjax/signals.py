@@ -28,12 +28,14 @@ class AttentionRule:
             "policy", the masked softmax of DynamicViT (Rao et al. 2021, eq. 10), which needs `Signals.policy`.
         soft_cap: logits become `cap * tanh(logits / cap)` before any bias (Gemma 2); None: not capped.
         causal: a query sees no later key.
+        chord: the policy softmax has a bounded gradient, see `tokjax.relax.policy_softmax`.
     """
 
     scale: float = 1.0
     normaliser: Literal["softmax", "softmax1", "policy"] = "softmax"
     soft_cap: float | None = None
     causal: bool = False
+    chord: bool = False
 
 
 class Context(struct.PyTreeNode):
@@ -123,7 +125,7 @@ def attention_rows(signals: Signals, queries: Queries = slice(None)) -> Float[Ar
         return _select(signals.weights, queries, 2).astype(jnp.float32)
     l, rule = logits(signals, queries), signals.rule
     if rule.normaliser == "policy":
-        return policy_softmax(l, signals.need("policy")[:, None], queries)
+        return policy_softmax(l, signals.need("policy")[:, None], queries, chord=rule.chord)
     if signals.lse is not None:
         return jnp.exp(l - jnp.moveaxis(_select(signals.lse, queries, 1), 1, 2)[..., None])
     if rule.normaliser == "softmax1":

@@ -325,11 +325,14 @@ def test_learned_rates_are_written_and_evaluated(start, tmp_path):
     config = config_of("diffrate_search", protected=())
     config.init, config.learn.macs = str(start), 0.9  # the target of its training, which nothing solves for before
     task = tasks.make(config, tmp_path, "")
-    (reduced,) = task.beside(model := task.fresh())
-    assert model.methods[0].settings == {"protected": (), "macs": 0.9}
+    assert task.fresh().methods[0].settings == {"protected": (), "macs": 0.9}
+    task.write_tables(task.fresh())
     kept = json.loads((tmp_path / "rates.json").read_text())["merge_kept"]
-    assert reduced.methods[0].name == "diffrate" and reduced.token_counts() == tuple(kept) != (17,)
-    assert tasks.make(config_of("tome", r=2), tmp_path, "").beside(model.unreduced) == []
+    model = task.model()  # with fixed counts, at their real cost
+    assert model.methods[0].name == "diffrate" and model.token_counts() == tuple(kept) != (17,)
+    read = api.reduce(model.unreduced, "diffrate", rates=str(tmp_path / "rates.json"))
+    assert read.cost() == model.cost()
+    assert read.settled() is read
 
 
 def test_what_reducers_note_of_themselves():

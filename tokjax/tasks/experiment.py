@@ -453,15 +453,11 @@ class Experiment(abc.ABC):
         print(f"The model is in {self.finished}", flush=True)
         return model
 
-    def beside(self, model: Model) -> Sequence[Model]:
-        """Further models to evaluate with the trained one."""
-        return ()
-
     def eval(self) -> None:
         """The metrics of the workdir's model, and of its unreduced form if it has reducers."""
         model, rows = self.model(), []
         base = model.unreduced
-        for each in dict.fromkeys((base, model, *self.beside(model))):
+        for each in dict.fromkeys((base, model)):
             row = {**describe(each, base.cost()), **self.evaluate(each, "eval")}
             report.append_jsonl(self.workdir / RESULTS, {**self._stamp("eval", base), **row})
             rows.append(row)

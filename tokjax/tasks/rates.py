@@ -45,7 +45,9 @@ def default_config() -> ml_collections.ConfigDict:
     study.images = 2500  # training images on which courses are chosen
     study.search = search = ml_collections.ConfigDict()
     search.steps = 300
-    search.lr = 0.05
+    search.lr = 0.03
+    search.final_lr = 0.003
+    search.chord = True  # see DiffRateSearch
     search.batch_size = 64
     return config
 
@@ -174,11 +176,18 @@ class Rates(TrainReducer):
                 "batch_size": study.search.batch_size,
                 "learn.network": False,
                 "learn.head": False,
-                **{f"train.{name}": value for name, value in {"seed": seed, "total_steps": steps}.items()},
+                "train.seed": seed,
+                "train.total_steps": steps,
                 "train.log_every": max(1, steps // 60),
-                **{f"train.optimiser.{k}": v for k, v in {"lr": study.search.lr, "weight_decay": 0.0}.items()},
+                "train.optimiser.lr": study.search.lr,
+                "train.optimiser.final_lr": study.search.final_lr,
+                "train.optimiser.warmup_steps": 0,
+                "train.optimiser.weight_decay": 0.0,
+                "train.optimiser.clip_norm": None,
+                "train.checkpoint_every": steps,
             }
-            part = self.part(f"search_{target}_{seed}", changes, {"name": "diffrate_search", "macs": target})
+            settings = {"name": "diffrate_search", "macs": target, "chord": study.search.chord}
+            part = self.part(f"search_{target}_{seed}", changes, settings)
             part.run("train")
             table = json.loads((part.workdir / "rates.json").read_text())
             kept: dict[str, Any] = {name: tuple(table[name]) for name in ("prune_kept", "merge_kept")}

@@ -6,7 +6,7 @@ from. While it learns a reducer has its training form (`tokjax.Model.learning`);
 plain one, which prunes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 import functools
 import operator
 from typing import Any
@@ -21,7 +21,6 @@ from tokjax import api, budget, data, parallel, reducers
 from tokjax.errors import UserError
 from tokjax.hooks import LOSS, losses
 from tokjax.models.transformer import Output
-from tokjax.reducers.vit.diffrate_search import DiffRateSearch
 from tokjax.tasks import classify
 from tokjax.tasks.classify import Classify, share
 from tokjax.tasks.experiment import user_input
@@ -156,17 +155,6 @@ class TrainReducer(Classify):
             if hasattr(method.reducer, "write_table"):
                 method.reducer.write_table(self.workdir / RATES, model.params["reducers"][i])
                 print(f"The rates are in {self.workdir / RATES}", flush=True)
-
-    def beside(self, model: api.Model) -> Sequence[api.Model]:
-        """`diffrate` at the rates that a search has learned, which it reads from `workdir/rates.json`."""
-        found = []
-        for index, method in enumerate(model.methods):
-            if isinstance(method.reducer, DiffRateSearch):
-                path = self.workdir / "rates.json"
-                method.reducer.write_table(path, model.params["reducers"][index])
-                print(f"The rates are in {path}", flush=True)
-                found.append(api.reduce(model.unreduced, "diffrate", rates=str(path)))
-        return found
 
     def ramp(self) -> list[tuple[int, Any]]:
         """First step and value of the knob of every stage; None: as it is.

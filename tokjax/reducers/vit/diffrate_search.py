@@ -195,6 +195,8 @@ class DiffRateSearch(nnx.Module):
         granularity: step between the candidate counts.
         protected: blocks that are not compressed; None: the first, and the last too where the head does not read CLS.
         min_size: lower bound of sizes, with what was learned; None: as published, not safe.
+        chord: whether the gradient towards dropped tokens is bounded, see `tokjax.relax.policy_softmax`; the published
+            one is not, and where attention is sharp a few images outweigh all others and the target by far.
         masked: whether to mask instead of to drop, for learning.
 
     Raises:
@@ -210,6 +212,7 @@ class DiffRateSearch(nnx.Module):
         granularity: int = 4,
         protected: tuple[int, ...] | None = None,
         min_size: float | None = 1e-6,
+        chord: bool = False,
         masked: bool = False,
     ):
         if macs is not None and gmacs is not None:
@@ -224,7 +227,7 @@ class DiffRateSearch(nnx.Module):
             protected = (0,) if info.pooling == "cls" else (0, info.depth - 1)
         if not all(0 <= layer < info.depth for layer in protected):
             raise ValueError(f"protected={protected}: must be blocks of 0 to {info.depth - 1}")
-        self.info, self.weight, self.masked = info, weight, masked
+        self.info, self.weight, self.chord, self.masked = info, weight, chord, masked
         full = float(self.flops([None] * info.depth)[0])
         share = SHARE if macs is None else macs
         goal = share if gmacs is None else gmacs * G / full
@@ -256,7 +259,8 @@ class DiffRateSearch(nnx.Module):
         """The policy softmax of the masks so far; the same attention as ever before the first of them."""
         if tokens.gate is None:
             return signals
-        return signals.replace(policy=tokens.gate, rule=dataclasses.replace(signals.rule, normaliser="policy"))
+        rule = dataclasses.replace(signals.rule, normaliser="policy", chord=self.chord)
+        return signals.replace(policy=tokens.gate, rule=rule)
 
     def flops(self, counts: list[Any]) -> tuple[Any, list[Any]]:
         """F of one image for the (pruning, merging) counts of every block, and the tokens that it leaves.
