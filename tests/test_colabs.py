@@ -7,6 +7,7 @@ import sys
 
 import nbclient
 import nbformat
+import numpy as np
 import pytest
 
 from tokjax.bench import report
@@ -113,3 +114,19 @@ def test_compare(kernel, tmp_path):
     assert [name for name, _ in solved] == ["tome", "evit"] and all(abs(float(s) - 0.4) < 0.02 for _, s in solved)
     both, either = map(int, re.search(r"both: (\d+) of (\d+)", text_of(cells["together"])).groups())
     assert 0 < both < either < 64 * 63 / 2
+
+
+def test_learn_a_reducer(kernel, tmp_path):
+    cells = run("learn_a_reducer", kernel, tmp_path)
+    learned = re.findall(r"([\d.]+) of the MACs, merged by block \[([\d, ]+)\]", text_of(cells["learn"]))
+    assert abs(float(learned[-1][0]) - 0.5) < 0.03
+    merged = [int(count) for count in learned[-1][1].split(", ")]
+    table = {}
+    for line in text_of(cells["compare"]).splitlines()[2:]:
+        method, tokens, *numbers = (cell.strip() for cell in line.strip("|").split("|"))
+        table[method] = [int(count) for count in tokens.split()], *map(float, numbers)
+    tokens, share, accuracy, loss = table["learned"]
+    assert np.cumsum(merged).tolist() == [65 - left for left in tokens]
+    assert abs(share - 0.5) < 0.03 and abs(table["constant"][1] - share) < 0.01
+    assert accuracy > 90 and loss < table["unreduced"][3] + 0.05
+    assert len(pictures_of(cells["curve"])) == len(pictures_of(cells["picture"])) == 1
