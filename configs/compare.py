@@ -4,6 +4,7 @@ python -m tokjax.main --config=configs/compare.py --config.data.path=FOLDER --wo
 
 FOLDER holds CIFAR-10 as parquet files. The model is the one in experiments/compare_vit, trained with
 configs/cifar10.py:deep; --config.init names another. The run may be stopped at any time and goes on where it was.
+Reducers that learn join in once --mode=train_methods has trained them, with the same command before this one.
 
 python -m tokjax.main --config=configs/compare.py:lengths --config.data.path=FOLDER --workdir=runs/lengths
 
@@ -26,6 +27,11 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.eval_batch_size = 100
     config.data.source = "parquet"
     config.data.image_size = (32, 32)
+    config.data.augment.flip = True
+    config.train.total_steps = config.train.checkpoint_every = 781  # of reducers that learn: an epoch
+    config.train.optimiser.lr = 1e-3
+    config.train.optimiser.warmup_steps = 50
+    config.train.optimiser.weight_decay = 0.0
     if arg == "lengths":
         config.mode = "lengths"
         config.init_image_size = (64, 64)

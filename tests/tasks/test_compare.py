@@ -37,7 +37,9 @@ def ran(tmp_path_factory):
     config.lengths.batch = 12
     config.lengths.rows = 4
     config.lengths.rounds = config.lengths.calls = 1
-    for mode in ("all", "lengths"):
+    config.compare.learned = ({"name": "sit", "label": "SiT", "settings": {}},)
+    config.batch_size, config.train.total_steps = 24, 2
+    for mode in ("train_methods", "all", "lengths"):
         compare.Compare(config, workdir, "a command").run(mode)
     return workdir, config
 
@@ -50,7 +52,18 @@ def rows(ran):
 
 def test_every_cell_has_a_row(rows):
     cells = {(m["label"], place, target) for m in METHODS for place in compare.PLACEMENTS for target in (0.8, 0.1)}
-    assert set(rows) == cells | {("unreduced", None, None)}
+    assert set(rows) == cells | {("unreduced", None, None), ("SiT", "trained", 0.8)}
+
+
+def test_what_was_trained_joins_with_the_network_as_it_was(ran, rows):
+    row = rows["SiT", "trained", 0.8]
+    assert row["macs_relative"] == pytest.approx(0.8, abs=0.05) and row["images_all"] == 60
+    timed = [each for each in report.read_jsonl(ran[0] / "results.jsonl") if each["mode"] == "speed"]
+    assert any(each["method"] == "SiT" and each["speedup"] > 0 for each in timed)
+    trained = api.load(ran[0] / "runs" / "sit_0.8")
+    assert trained.methods[0].name == "sit"
+    base = api.load(ran[0] / "model").params["model"]
+    jax.tree.map(np.testing.assert_array_equal, trained.params["model"], base)
 
 
 def test_columns_of_a_cell(rows):
@@ -121,7 +134,10 @@ def test_a_second_run_adds_nothing(ran, capsys):
     for mode in ("compare", "speed"):
         compare.Compare(config, workdir, "a command").run(mode)
     assert (workdir / "results.jsonl").read_bytes() == before
-    assert "Not here, since they need training: clca, dynamicvit" in capsys.readouterr().out
+    assert (
+        "has not trained them: clca, diffrate_search, dynamicvit, patchmerger, sinkhorn, tokenlearner\n"
+        in capsys.readouterr().out
+    )
 
 
 def test_report(ran):

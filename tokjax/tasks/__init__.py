@@ -16,6 +16,7 @@ MODES = (
     "features",
     "bench",
     "viz",
+    "train_methods",
     "compare",
     "speed",
     "lengths",

@@ -22,31 +22,39 @@ import numpy as np
 from tqdm import tqdm
 
 from tokjax import api, budget, reducers, schedules, viz
-from tokjax.bench import profile, report, timing
+from tokjax.bench import flops, profile, report, timing
 from tokjax.buckets import Bucketed
 from tokjax.data.sources import stratified
 from tokjax.errors import UserError
-from tokjax.tasks import classify
+from tokjax.tasks import classify, train_reducer
 from tokjax.tasks.experiment import RESULTS, describe, user_input
 
 PLACEMENTS = ("per-layer", "staged")
+TRAINED = "trained"  # the placement of what learned where to reduce, or learned at places of its own
 FAR = 0.03  # of the unreduced model's MACs: a setting farther from the target is not compared at it
 LABELS = {
     "ats": "ATS",
     "avgpool": "average pooling",
     "chain": "Top-K + ToMe",
+    "clca": "CLCA (EViT)",
     "diffrate": "DiffRate",
+    "diffrate_search": "DiffRate, searched",
     "dpcknn": "DPC-KNN",
+    "dynamicvit": "DynamicViT",
     "evit": "EViT",
     "evovit": "Evo-ViT",
     "gtp": "GTP",
     "heuristic": "heuristic rings",
     "kmedoids": "K-Medoids",
+    "patchmerger": "PatchMerger",
     "pitome": "PiToMe",
     "random": "random drop",
     "scored": "CLS score, merged",
+    "sinkhorn": "Sinkhorn",
+    "sit": "SiT",
     "strided": "strided drop",
     "token_transforming_ours": "Token Transforming (ours)",
+    "tokenlearner": "TokenLearner",
     "tome": "ToMe",
     "tomesd": "ToMe-SD",
     "topk": "Top-K",
@@ -58,16 +66,35 @@ FORMS: dict[str, dict[str, dict[str, Any] | None]] = {
     "gtp": {"per-layer": {}, "staged": None},
     "tomesd": {"per-layer": {"merge_mlp": True}, "staged": None},  # un-merged behind every layer that it touches
 }
+# Settings, all but the knob; where they reduce is the method's own: three stages, or one place for those that pool.
+LEARNED: dict[str, dict[str, Any]] = {
+    "clca": {"reducer": "evit"},
+    "diffrate_search": {"chord": True},
+    "dynamicvit": {},
+    "patchmerger": {},
+    "sinkhorn": {},
+    "sit": {},
+    "tokenlearner": {},
+}
+CHANGES: dict[str, dict[str, Any]] = {  # of the training's config
+    "diffrate_search": {"train.optimiser.lr": 0.03, "train.optimiser.clip_norm": None}
+}
 MORE = ({"name": "scored", "label": "key norm, density peaks", "settings": {"score": "key_norm", "match": "density"}},)
 
 
 def default_config() -> ml_collections.ConfigDict:
     """Every field of a comparison, with its meaning; configs start from it."""
-    config = classify.default_config()
+    config = train_reducer.default_config()
     config.task = "compare"
     config.compare = compare = ml_collections.ConfigDict()
     named = ({"name": name, "label": LABELS.get(name, name), "settings": {}} for name in training_free())
     compare.methods = (*named, *MORE)  # name: registered; label: in the table; settings: all but knob and layers
+    # The same of reducers that `--mode=train_methods` trains at each of `whole_targets`, the network left alone;
+    # changes: fields of the config in its training.
+    compare.learned = tuple(
+        {"name": name, "label": LABELS[name], "settings": dict(s), "changes": CHANGES.get(name, {})}
+        for name, s in LEARNED.items()
+    )
     compare.placements = PLACEMENTS  # per-layer: in every block; staged: in three
     compare.targets = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)  # of the unreduced model's MACs
     compare.images = 2000  # stratified test images for every target
@@ -90,10 +117,6 @@ def default_config() -> ml_collections.ConfigDict:
 def training_free() -> list[str]:
     """Registered reducers without parameters of their own that need no guide."""
     return [name for name, e in sorted(reducers.REGISTRY.items()) if not (e.learned or e.guided)]
-
-
-def _learned() -> list[str]:
-    return sorted(set(reducers.REGISTRY) - set(training_free()))
 
 
 def form(name: str, placement: str, depth: int) -> dict[str, Any] | None:
@@ -152,7 +175,7 @@ def bootstrap(
 class Compare(classify.Classify):
     """Methods against each other, and against controls, at the same multiply-accumulates."""
 
-    modes = (*classify.Classify.modes, "compare", "speed", "lengths", "report")
+    modes = (*classify.Classify.modes, "train_methods", "compare", "speed", "lengths", "report")
     steps = ("compare", "speed", "report")
 
     def methods(self) -> Iterator[tuple[Mapping[str, Any], str]]:
@@ -174,7 +197,6 @@ class Compare(classify.Classify):
         config, model = self.config.compare, self.model().unreduced
         inputs, whole = self.inputs(model, next(iter(self.test_loader()))), model.cost()
         done = {_cell(row) for row in self._rows("compare", model)}
-        print(f"Not here, since they need training: {', '.join(_learned())}")
         if _cell({"method": "unreduced"}) not in done:
             columns, predicted = self.judged(model, "unreduced", whole=True)
             self.record(model, {**describe(model, whole), "target": None, **columns}, predicted)
@@ -203,6 +225,53 @@ class Compare(classify.Classify):
                         row = {**describe(found.model, whole, method["label"]), **row, **reached, **columns}
                         self.record(model, row, predicted)
                     bar.update()
+        self.compare_trained(model, whole)
+        print(f"Not here, since --mode=train_methods has not trained them: {self.untrained(model)}")
+
+    def compare_trained(self, model: api.Model, whole: flops.Cost) -> None:
+        """The rows of what `train_methods` has trained."""
+        done = {_cell(row) for row in self._rows("compare", model)}
+        for method, target, reduced in self.trained():
+            start = {"method": method["label"], "name": method["name"], "placement": TRAINED, "target": target}
+            if _cell(start) not in done:
+                columns, predicted = self.judged(reduced, f"{method['label']} {target}", whole=True)
+                self.record(model, {**describe(reduced, whole, method["label"]), **start, **columns}, predicted)
+
+    def untrained(self, model: api.Model) -> str:
+        """Names of the reducers that learn and have no row."""
+        there = {row.get("name") for row in self._rows("compare", model)}
+        names = [name for name, entry in sorted(reducers.REGISTRY.items()) if entry.learned and name not in there]
+        return ", ".join(names) or "none"
+
+    def train_methods(self) -> None:
+        """Trains the reducers that learn, each at every target of `whole_targets`; goes on where it stopped.
+
+        The network stays as it is, as for all others here; so does the head.
+        """
+        for method in self.config.compare.learned:
+            for target in self.config.compare.whole_targets:
+                self.training(method, target).run("train")
+
+    def training(self, method: Mapping[str, Any], target: float) -> train_reducer.TrainReducer:
+        """The training of a reducer at a target, whose folder has the result."""
+        start = str(self.finished) if (self.finished / "config.json").is_file() else self.config.init
+        changes = {
+            "init": start,
+            "learn.network": False,
+            "learn.head": False,
+            "learn.macs": target,
+            **method.get("changes", {}),
+        }
+        settings = {"name": method["name"], **dict(method["settings"])}
+        return train_reducer.part(self, f"{method['name']}_{target}", changes, settings)
+
+    def trained(self) -> Iterator[tuple[Mapping[str, Any], float, api.Model]]:
+        """What `train_methods` has finished."""
+        for method in self.config.compare.learned:
+            for target in self.config.compare.whole_targets:
+                training = self.training(method, target)
+                if (training.finished / "config.json").is_file():
+                    yield method, target, training.model()
 
     def solutions(
         self, method: Mapping[str, Any], placement: str, model: api.Model, targets: Sequence[float], inputs: Any
@@ -224,7 +293,7 @@ class Compare(classify.Classify):
         rows = [row for row in self._rows("compare", model) if "accuracy" in row and _cell(row) not in done]
         for row in tqdm(rows, desc="speed", unit="cell", disable=None):
             with user_input():
-                reduced = api.reduce(model, row["name"], **row["settings"]) if "settings" in row else model
+                reduced = self.reduced(model, row)
             runs = {"unreduced": functools.partial(model, inputs), "this": functools.partial(reduced, inputs)}
             times = timing.interleaved(runs, warmup=1, repeats=config.rounds, calls=config.calls)
             found = {
@@ -236,6 +305,13 @@ class Compare(classify.Classify):
                 **timing.device_summary(),
             }
             report.append_jsonl(self.workdir / RESULTS, {**self._stamp("speed", model), **found})
+
+    def reduced(self, model: api.Model, row: Mapping[str, Any]) -> api.Model:
+        """The model that a row of the comparison is of."""
+        if row.get("placement") == TRAINED:
+            named = {method["name"]: method for method in self.config.compare.learned}
+            return self.training(named[row["name"]], row["target"]).model()
+        return api.reduce(model, row["name"], **row["settings"]) if "settings" in row else model
 
     def judged(self, model: api.Model, name: str, *, whole: bool) -> tuple[dict[str, Any], Int[np.ndarray, " n"]]:
         """Accuracy and agreement with the unreduced model, and the predicted classes, -1 of images not looked at."""
@@ -332,8 +408,8 @@ class Compare(classify.Classify):
             columns=columns,
             sections=[(f"Accuracy over cost, {name}", figure) for name, figure in figures.items()],
             summary=f"A ViT of width {model.info.width}, {model.info.depth} blocks, {model.info.length} tokens. Every "
-            "method at the same multiply-accumulates, its time measured interleaved with the unreduced model. Not "
-            f"here, since they need training: {', '.join(_learned())}.",
+            "method at the same multiply-accumulates, its time measured interleaved with the unreduced model. "
+            f"Not here, since nothing has trained them: {self.untrained(model)}.",
         )
         print(table)
         print(f"The page is {self.workdir / 'report.html'}")
@@ -394,6 +470,9 @@ class Compare(classify.Classify):
             place = row.get("placement"), row.get("target")
             if row["method"] in labels and "accuracy" in row:
                 best[place] = max(best.get(place, row), row, key=lambda each: each["accuracy"])
+        for (_, target), row in list(best.items()):  # what was trained has no placement: the better of all controls
+            anywhere = best.get((TRAINED, target), row)
+            best[TRAINED, target] = max(anywhere, row, key=lambda each: each["accuracy"])
         out = []
         for row in rows:
             control = best.get((row.get("placement"), row.get("target")))

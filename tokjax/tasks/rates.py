@@ -22,7 +22,7 @@ from tokjax.reducers.vit import pitome
 from tokjax.tasks import train_reducer
 from tokjax.tasks.classify import Classify
 from tokjax.tasks.experiment import RESULTS, user_input
-from tokjax.tasks.train_reducer import TrainReducer
+from tokjax.tasks.train_reducer import TrainReducer, part
 
 COURSES = get_args(schedules.Course)
 SEARCHED = "searched"  # the course that was learned
@@ -144,20 +144,6 @@ class Rates(TrainReducer):
         config.data.test_split, config.data.test_subset = config.data.train_split, config.study.images
         return Classify(config, self.workdir, self.command)
 
-    def part(self, name: str, changes: Mapping[str, Any], settings: Mapping[str, Any]) -> TrainReducer:
-        """A training of its own below `runs/`.
-
-        Args:
-            name: of its folder.
-            changes: fields of the config, such as {"train.optimiser.lr": 0.1}.
-            settings: of the reducer, its `name` among them.
-        """
-        config = self.config.copy_and_resolve_references()
-        config.update_from_flattened_dict(dict(changes))
-        with config.unlocked():
-            config.reduce = ml_collections.ConfigDict(dict(settings))
-        return TrainReducer(config, self.workdir / "runs" / name, self.command)
-
     def done(self, mode: str) -> list[dict[str, Any]]:
         return self._rows(mode, self.start)
 
@@ -187,9 +173,9 @@ class Rates(TrainReducer):
                 "train.checkpoint_every": steps,
             }
             settings = {"name": "diffrate_search", "macs": target, "chord": study.search.chord}
-            part = self.part(f"search_{target}_{seed}", changes, settings)
-            part.run("train")
-            table = json.loads((part.workdir / "rates.json").read_text())
+            run = part(self, f"search_{target}_{seed}", changes, settings)
+            run.run("train")
+            table = json.loads((run.workdir / "rates.json").read_text())
             kept: dict[str, Any] = {name: tuple(table[name]) for name in ("prune_kept", "merge_kept")}
             model = api.reduce(self.start, "diffrate", **kept)
             share = model.cost().total / self.start.cost().total
@@ -274,11 +260,11 @@ class Rates(TrainReducer):
             changes = {"seed": seed, "train.seed": seed, **({} if macs is None else {"learn.macs": macs})}
             label = f"finetune_{name}_{row['course']}_{target}_{seed}"
             if name == "unreduced":
-                part: Classify = self.plain(label, changes)
+                run: Classify = self.plain(label, changes)
             else:
-                part = self.part(label, changes, {"name": name, **_tuples(settings)})
-            part.run("train")
-            model = part.model()
+                run = part(self, label, changes, {"name": name, **_tuples(settings)})
+            run.run("train")
+            model = run.model()
             share = model.cost().total / self.start.cost().total
             kept = {key: row[key] for key in ("target", "seed", "method", "course")}
             self.note("finetune", {**kept, "macs_relative": share, **self.judged(model, label)})
