@@ -101,6 +101,7 @@ def test_report(ran):
     assert "DiffRate, searched" in table
     assert (workdir / "before.png").is_file()
     assert (workdir / "after.png").is_file()
+    assert (workdir / "search_0.85_0.png").is_file()
     assert (workdir / "tokens_0.85.png").is_file()
 
 

@@ -286,6 +286,10 @@ class Rates(TrainReducer):
             if counts:
                 figure = viz.token_count_plot(counts, title=f"Tokens at {target} of the MACs")
                 viz.save_png(figure, self.workdir / f"tokens_{target}.png")
+            for seed in config.study.seeds:
+                if course := self.learning_course(target, seed):
+                    figure = viz.curves_plot(course, ("tokens",), title=f"Tokens after every block, seed {seed}")
+                    viz.save_png(figure, self.workdir / f"search_{target}_{seed}.png")
         report.write_html(
             self.workdir / "report.html",
             title=config.title,
@@ -342,6 +346,16 @@ class Rates(TrainReducer):
             if best is not None:
                 lines[f"{METHODS[name]}, {best['course']}"] = [prefix + n for n in best["left"]]
         return lines
+
+    def learning_course(self, target: float, seed: int) -> list[dict[str, float]]:
+        """The counts on their way through a search, a row for every line that its training wrote."""
+        path, mark = self.workdir / "runs" / f"search_{target}_{seed}" / "metrics.jsonl", "reducer/kept/"
+        rows = report.read_jsonl(path) if path.is_file() else []
+        return [
+            {"step": row["step"]} | {f"block {k.rpartition('/')[2]}/tokens": v for k, v in row.items() if mark in k}
+            for row in rows
+            if any(mark in key for key in row)
+        ]
 
     def plain(self, name: str, changes: Mapping[str, Any]) -> Classify:
         """The same training without a reducer."""
