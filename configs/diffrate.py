@@ -11,7 +11,7 @@ python -m tokjax.main --config=configs/diffrate.py:cifar10 --config.data.path=FO
 python -m tokjax.main --config=configs/diffrate.py:imagenet --config.data.path=FOLDER \
     --config.init=facebook/deit-small-patch16-224 --workdir=runs/diffrate_imagenet
 
-`--config.reduce.macs=0.5` sets another share of the full model's MACs. The rates then serve anywhere:
+`--config.reduce.target=0.5` sets another share of the full model's MACs. The rates then serve anywhere:
 `tokjax.reduce(model, "diffrate", rates="runs/diffrate/rates.json")`, or config.reduce of configs/finetune_reduced.py.
 """
 
@@ -28,7 +28,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         raise ValueError(f"{arg!r}: must be one of digits, cifar10, imagenet")
     config = default_config()
     config.title = "DiffRate: learned rates"
-    config.reduce = ml_collections.ConfigDict({"name": "diffrate_search", "macs": 0.6, "weight": 5.0, "granularity": 4})
+    config.reduce = ml_collections.ConfigDict(
+        {"name": "diffrate_search", "target": 0.6, "weight": 5.0, "granularity": 4}
+    )
     config.learn.network = config.learn.head = False
     config.batch_size = 64
     config.data.image_size = (32, 32)

@@ -36,7 +36,7 @@ LEARNED = sorted(name for name, entry in REGISTRY.items() if entry.knob.learned)
 
 @pytest.mark.parametrize("name", LEARNED)
 def test_a_cost_that_comes_by_training_is_not_solved_for(model, name):
-    with pytest.raises(ValueError, match=f"name='{name}': reaches a cost by training alone; give it macs=0.7"):
+    with pytest.raises(ValueError, match=f"name='{name}': reaches a cost by training alone; give it target=0.7"):
         budget.solve(name, model, macs=0.7)
 
 

@@ -325,7 +325,7 @@ def test_learned_rates_are_written_and_evaluated(start, tmp_path):
     config = config_of("diffrate_search", protected=())
     config.init, config.learn.macs = str(start), 0.9  # the target of its training, which nothing solves for before
     task = tasks.make(config, tmp_path, "")
-    assert task.fresh().methods[0].settings == {"protected": (), "macs": 0.9}
+    assert task.fresh().methods[0].settings == {"protected": (), "target": 0.9}
     task.write_tables(task.fresh())
     kept = json.loads((tmp_path / "rates.json").read_text())["merge_kept"]
     model = task.model()  # with fixed counts, at their real cost

@@ -172,7 +172,7 @@ class Rates(TrainReducer):
                 "train.optimiser.clip_norm": None,
                 "train.checkpoint_every": steps,
             }
-            settings = {"name": "diffrate_search", "macs": target, "chord": study.search.chord}
+            settings = {"name": "diffrate_search", "target": target, "chord": study.search.chord}
             run = part(self, f"search_{target}_{seed}", changes, settings)
             run.run("train")
             table = json.loads((run.workdir / "rates.json").read_text())

@@ -33,7 +33,7 @@ def drawn(tree, scale=0.4, seed=0):
 
 def searching(cfg, slope=0.2, **settings):
     """A model with drawn parameters, in whose rates every operation leaves fewer tokens than the one before."""
-    settings = {"macs": 0.85, "granularity": 2, **settings}
+    settings = {"target": 0.85, "granularity": 2, **settings}
     model = tokjax.build(cfg)
     model = model.with_params(drawn(model.params))
     reduced = tokjax.reduce(model, "diffrate_search", **settings)
@@ -56,7 +56,7 @@ def table_of(model):
 @pytest.mark.parametrize(("patches", "kept"), [(196, 101), (256, 131)])
 def test_rates_start_at_the_mean_candidate(patches, kept):
     info = dataclasses.replace(CFG.info, length=patches + 1)
-    reducer = DiffRateSearch(info, macs=0.9)
+    reducer = DiffRateSearch(info, target=0.9)
     assert reducer.table()["prune_kept"] == reducer.table()["merge_kept"] == [patches + 1, kept, kept]
     assert all(float(k) + 1 == kept for k in reducer.stages[0].kept())
 
@@ -169,7 +169,7 @@ def test_a_padded_row_learns_what_the_row_alone_learns():
 
 def test_learning_comes_to_the_target():
     model, _ = searching(CFG)
-    reduced = tokjax.reduce(model, "diffrate_search", macs=0.92, granularity=1)
+    reduced = tokjax.reduce(model, "diffrate_search", target=0.92, granularity=1)
     learning, labels = reduced.learning(), jnp.array([0, 1, 2])
     optimiser = optax.adam(0.1)
 
@@ -198,13 +198,13 @@ def test_learning_comes_to_the_target():
     ("settings", "message"),
     [
         (
-            {"macs": 0.3},
-            r"macs=0\.3: must be in 0\.7\d+ to 1, from the fewest tokens in all blocks but protected=\(0,\)",
+            {"target": 0.3},
+            r"target=0\.3: must be in 0\.7\d+ to 1, from the fewest tokens in all blocks but protected=\(0,\)",
         ),
-        ({"macs": 1.01}, r"macs=1\.01: must be in 0\.\d+ to 1"),
-        ({"macs": float("nan")}, r"macs=nan"),
+        ({"target": 1.01}, r"target=1\.01: must be in 0\.\d+ to 1"),
+        ({"target": float("nan")}, r"target=nan"),
         ({"gmacs": 1.0}, r"gmacs=1\.0: must be in 0\.000\d+ to 0\.000\d+"),
-        ({"macs": 0.8, "gmacs": 1.0}, r"macs=0\.8, gmacs=1\.0: give one of the two"),
+        ({"target": 0.8, "gmacs": 1.0}, r"target=0\.8, gmacs=1\.0: give one of the two"),
         ({"granularity": 0}, r"granularity=0: must be at least 1"),
         ({"weight": 0.0}, r"weight=0\.0: must be above 0"),
         ({"min_size": -1.0}, r"min_size=-1\.0: must be above 0"),
@@ -217,7 +217,7 @@ def test_settings_that_cannot_be(settings, message):
 
 
 def test_tables_that_cannot_be(tmp_path):
-    reducer = DiffRateSearch(CFG.info, macs=0.85)
+    reducer = DiffRateSearch(CFG.info, target=0.85)
     bad = {"stages": {i: {"prune": jnp.zeros(4), "merge": jnp.zeros(4).at[1].set(jnp.nan)} for i in range(2)}}
     with pytest.raises(ValueError, match=r"1\.merge: 1 of its 4 logits are not finite"):
         reducer.table(bad)
@@ -263,7 +263,7 @@ def test_learning_rates_costs_no_more_than_training():
     """The step of the rates alone, beside that of the whole network without them, in turns."""
     cfg = ViTConfig((32, 32), 4, width=96, depth=12, heads=3, num_classes=10)
     model = tokjax.build(cfg)
-    learning = tokjax.reduce(model, "diffrate_search", macs=0.6).learning()
+    learning = tokjax.reduce(model, "diffrate_search", target=0.6).learning()
     images = jnp.asarray(np.random.default_rng(0).normal(size=(64, 32, 32, 3)), jnp.float32)
     labels = jnp.arange(64) % 10
 

@@ -27,8 +27,8 @@ Where we follow the code against the text:
 - Sizes are at least 1 while it learns, so that merged tokens weigh a little more than they will without masks.
 
 Where we decide:
-- The published term is in G multiply-adds, for DeiTs. With a target as share (`macs`), F is counted in units of which
-  the full model has 4.6, which are the G of DeiT-S, so that the weight of 5 means the same to a model of any size.
+- The published term is in G multiply-adds, for DeiTs. With the target as a share (`target`), F is counted in units of
+  which the full model has 4.6, which are the G of DeiT-S, so that the weight of 5 means the same to any model.
 - A sum a hair above a whole number is not rounded up; blocks that are not compressed are left alone altogether.
 - Padded rows (not in the published code) keep their own shares, and read the probabilities at the same share.
 """
@@ -68,7 +68,7 @@ def candidates(patches: int, granularity: int = 4) -> Int[np.ndarray, "K"]:
 
 def targets(info: ModelInfo) -> list[float]:
     """Shares of the full model's multiply-accumulates that can be learned, in steps of a hundredth."""
-    lowest = DiffRateSearch(info, macs=1.0).lowest
+    lowest = DiffRateSearch(info, target=1.0).lowest
     return [share / 100 for share in range(1, 101) if share / 100 >= lowest]
 
 
@@ -189,8 +189,8 @@ class DiffRateSearch(nnx.Module):
 
     Args:
         info: of the model.
-        macs: target, as share of the full model's multiply-accumulates F, in (0, 1]; at 1 there is nothing to learn.
-        gmacs: the same in 10^9 multiply-accumulates, in place of `macs`; None for both: macs = 0.63.
+        target: share of the full model's multiply-accumulates F, in (0, 1]; at 1 there is nothing to learn.
+        gmacs: the same in 10^9 multiply-accumulates, in place of `target`; None for both: target = 0.63.
         weight: of the term `loss/flops`; see the module on its scale.
         granularity: step between the candidate counts.
         protected: blocks that are not compressed; None: the first, and the last too where the head does not read CLS.
@@ -206,7 +206,7 @@ class DiffRateSearch(nnx.Module):
     def __init__(
         self,
         info: ModelInfo,
-        macs: float | None = None,
+        target: float | None = None,
         gmacs: float | None = None,
         weight: float = 5.0,
         granularity: int = 4,
@@ -215,8 +215,8 @@ class DiffRateSearch(nnx.Module):
         chord: bool = False,
         masked: bool = False,
     ):
-        if macs is not None and gmacs is not None:
-            raise ValueError(f"macs={macs}, gmacs={gmacs}: give one of the two")
+        if target is not None and gmacs is not None:
+            raise ValueError(f"target={target}, gmacs={gmacs}: give one of the two")
         if not granularity >= 1:
             raise ValueError(f"granularity={granularity}: must be at least 1")
         if not 0 < weight < np.inf:
@@ -229,16 +229,16 @@ class DiffRateSearch(nnx.Module):
             raise ValueError(f"protected={protected}: must be blocks of 0 to {info.depth - 1}")
         self.info, self.weight, self.chord, self.masked = info, weight, chord, masked
         full = float(self.flops([None] * info.depth)[0])
-        share = SHARE if macs is None else macs
+        share = SHARE if target is None else target
         goal = share if gmacs is None else gmacs * G / full
         self.unit = G if gmacs is not None else full / DEIT_S
-        self.target = goal * full / self.unit
+        self.wanted = goal * full / self.unit
         open_ = tuple(layer for layer in range(info.depth) if layer not in protected)
         patches = info.length - info.prefix
         fewest = (int(candidates(patches, granularity)[-1]) + info.prefix,) * 2
         self.lowest = self.flops([fewest if layer in open_ else None for layer in range(info.depth)])[0] / full
         if not self.lowest <= goal <= 1:
-            name, value, scale = ("macs", share, 1.0) if gmacs is None else ("gmacs", gmacs, full / G)
+            name, value, scale = ("target", share, 1.0) if gmacs is None else ("gmacs", gmacs, full / G)
             raise ValueError(
                 f"{name}={value}: must be in {self.lowest * scale:.4g} to {scale:.4g}, from the fewest tokens in all "
                 f"blocks but protected={protected} to the full model"
@@ -285,7 +285,7 @@ class DiffRateSearch(nnx.Module):
         prefix = self.info.prefix
         pairs = [tuple(k + prefix for k in kept[i]) if i in kept else None for i in range(self.info.depth)]
         macs, left = self.flops(pairs)
-        loss = self.weight * (macs / self.unit - self.target) ** 2
+        loss = self.weight * (macs / self.unit - self.wanted) ** 2
         notes = {"loss/flops": loss, "macs": macs, "kept": jnp.stack([jnp.float32(n) for n in left])}
         return Plan(aux=jax.tree.map(jnp.float32, notes))
 
@@ -311,7 +311,7 @@ class DiffRateSearch(nnx.Module):
             "merge_kept": kept["merge"],
             "gmacs": macs / G,
             "macs": macs / full,
-            "target": self.target * self.unit / full,
+            "target": self.wanted * self.unit / full,
         }  # type: ignore[typeddict-unknown-key]
 
     def settled(self, params: Any) -> tuple[str, dict[str, Any]]:
