@@ -55,6 +55,7 @@ def ran(tmp_path_factory):
     config.study.targets = (0.85,)
     config.study.seeds = (0,)
     config.study.methods = ("topk",)
+    config.study.courses = ("falling", "staged")
     config.study.predictors = ("dynamicvit",)
     config.study.images = 40
     config.study.search.steps = 3
@@ -82,7 +83,7 @@ def test_every_seed_has_rates_of_its_own_run(ran):
 def test_every_course_is_judged_and_one_is_chosen_on_training_images(ran):
     workdir, config, rows = ran
     judged = [row for row in of(rows, "schedules") if row["method"] == "topk" and row["course"] != rates.SEARCHED]
-    assert [row["course"] for row in judged] == list(rates.COURSES)
+    assert [row["course"] for row in judged] == ["falling", "staged"]
     best = rates.Rates(config, workdir, "").chosen(0.85, "topk")
     assert best["choosing_loss"] == min(row["choosing_loss"] for row in judged if "loss" in row)
 

@@ -128,6 +128,18 @@ def test_a_finished_run_is_evaluated_with_what_it_learned(learned, start, capsys
     assert "dynamicvit" in capsys.readouterr().out.lower()
 
 
+def test_other_settings_keep_what_was_learned(learned, start):
+    workdir, _, params = learned
+    config = learning_config(start)
+    config.reduce.keep_rate = 0.25
+    model = tasks.make(config, workdir, "").model()
+    assert model.token_counts() == (5,)
+    assert not any(jax.tree.leaves(changed(model.params["reducers"], params["reducers"])))
+    config.reduce.layers = ()
+    with pytest.raises(UserError, match="gives dynamicvit other parameters than it was trained with"):
+        tasks.make(config, workdir, "").model()
+
+
 def test_a_restart_repeats_the_numbers(learned, start, tmp_path):
     """From the checkpoint of step 2: parameters, moments, the teacher's copy, the key and the place in the data."""
     workdir, rows, params = learned

@@ -260,7 +260,14 @@ class Experiment(abc.ABC):
         saved = [(method.name, _tuples(dict(method.settings))) for method in model.methods]
         if not name or saved == [(name, settings)]:  # a model that was trained reduced brings its reducer
             return model
-        return api.reduce(model.unreduced, name, **settings)
+        reduced = api.reduce(model.unreduced, name, **settings)
+        if [known for known, _ in saved] != [name] or not reducers.entry(name).learned:
+            return reduced
+        # The same reducer with other settings keeps what it has learned.
+        theirs, ours = (jax.tree.map(jnp.shape, each.params) for each in (model, reduced))
+        if theirs != ours:
+            raise UserError(f"config.reduce={settings}: gives {name} other parameters than it was trained with")
+        return reduced.with_params(model.params)
 
     def _fitting(self, model: Model) -> Model:
         """The workdir's model, if the data have its size."""

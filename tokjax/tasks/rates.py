@@ -41,6 +41,7 @@ def default_config() -> ml_collections.ConfigDict:
     study.targets = (0.5, 0.4, 0.3)  # of the unreduced model's MACs
     study.seeds = (0, 1, 2)
     study.methods = tuple(METHODS)  # each with every hand-set course
+    study.courses = COURSES  # hand-set ones to try, see `schedules.course`
     study.predictors = ("dynamicvit",)  # methods that only fine-tuning brings in; the knob is solved for the target
     study.images = 2500  # training images on which courses are chosen
     study.search = search = ml_collections.ConfigDict()
@@ -192,7 +193,7 @@ class Rates(TrainReducer):
             if len(found) < len(study.seeds):
                 raise UserError(f"the rates at {target} are not all searched: run --mode=search first")
             macs = float(np.mean([row["macs_relative"] for row in found]))
-            work += [(target, name, kind, macs) for name in study.methods for kind in COURSES]
+            work += [(target, name, kind, macs) for name in study.methods for kind in study.courses]
             work += [(target, "diffrate", SEARCHED, row) for row in found]
             work += [(target, name, SEARCHED, row) for name in study.methods if name != "diffrate" for row in found]
         if _cell({"method": "unreduced"}) not in have:
