@@ -77,7 +77,7 @@ LEARNED: dict[str, dict[str, Any]] = {
     "tokenlearner": {},
 }
 CHANGES: dict[str, dict[str, Any]] = {  # of the training's config
-    "diffrate_search": {"train.optimiser.lr": 0.03, "train.optimiser.clip_norm": None}
+    "diffrate_search": {"train.optimiser.lr": 0.1, "train.optimiser.final_lr": 0.01, "train.optimiser.clip_norm": None}
 }
 MORE = ({"name": "scored", "label": "key norm, density peaks", "settings": {"score": "key_norm", "match": "density"}},)
 
