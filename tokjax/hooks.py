@@ -61,9 +61,8 @@ class Logits(struct.PyTreeNode):
     aux: Mapping[str, Any] = struct.field(default_factory=dict)
 
 
-LOSS = (
-    "loss/"  # what a plan's aux has below it, of shape [] or [B], is a term of the training loss, its weight included
-)
+# What a plan's aux has below it, of shape [] or [B], is a term of the training loss, its weight included.
+LOSS = "loss/"
 
 
 class Reducer(Protocol):

@@ -119,11 +119,11 @@ def user_input() -> Iterator[None]:
         raise UserError(str(error)) from error
 
 
-def _tuples(settings: Any) -> Any:
+def tuples(settings: Any) -> Any:
     """Settings as they compare: a list and a tuple are the same, which JSON does not tell apart."""
     if isinstance(settings, Mapping):
-        return {name: _tuples(value) for name, value in settings.items()}
-    return tuple(map(_tuples, settings)) if isinstance(settings, list | tuple) else settings
+        return {name: tuples(value) for name, value in settings.items()}
+    return tuple(map(tuples, settings)) if isinstance(settings, list | tuple) else settings
 
 
 class Experiment(abc.ABC):
@@ -256,8 +256,8 @@ class Experiment(abc.ABC):
 
     def _reduced(self, model: Model) -> Model:
         name, settings = self.reduction()
-        settings = _tuples(settings)
-        saved = [(method.name, _tuples(dict(method.settings))) for method in model.methods]
+        settings = tuples(settings)
+        saved = [(method.name, tuples(dict(method.settings))) for method in model.methods]
         if not name or saved == [(name, settings)]:  # a model that was trained reduced brings its reducer
             return model
         reduced = api.reduce(model.unreduced, name, **settings)

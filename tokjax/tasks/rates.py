@@ -21,7 +21,7 @@ from tokjax.errors import UserError
 from tokjax.reducers.vit import pitome
 from tokjax.tasks import train_reducer
 from tokjax.tasks.classify import Classify
-from tokjax.tasks.experiment import RESULTS, user_input
+from tokjax.tasks.experiment import RESULTS, tuples, user_input
 from tokjax.tasks.train_reducer import TrainReducer, part
 
 COURSES = get_args(schedules.Course)
@@ -208,7 +208,7 @@ class Rates(TrainReducer):
                 else:
                     left = _left(at["settings"], info)
                     settings = at["settings"] if name == "diffrate" else settings_for(name, left, patches, info.prefix)
-                    model = api.reduce(self.start, name, **_tuples(settings))
+                    model = api.reduce(self.start, name, **tuples(settings))
             share = model.cost().total / self.start.cost().total
             row |= {"settings": settings, "left": left, "macs_relative": share}
             if kind != SEARCHED and abs(share - at) > FAR:
@@ -263,7 +263,7 @@ class Rates(TrainReducer):
             if name == "unreduced":
                 run: Classify = self.plain(label, changes)
             else:
-                run = part(self, label, changes, {"name": name, **_tuples(settings)})
+                run = part(self, label, changes, {"name": name, **tuples(settings)})
             run.run("train")
             model = run.model()
             share = model.cost().total / self.start.cost().total
@@ -380,11 +380,6 @@ def _left(settings: Mapping[str, Any], info: Any) -> tuple[int, ...]:
     """Patches after every block of searched counts, where the smallest so far holds."""
     kept = np.minimum(settings["prune_kept"], settings["merge_kept"])
     return tuple(int(k) - info.prefix for k in np.minimum(np.minimum.accumulate(kept), info.length))
-
-
-def _tuples(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as a reducer takes them, after their way through JSON."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
 
 
 def _cell(row: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -29,7 +29,7 @@ import dataclasses
 import functools
 import json
 from pathlib import Path
-from typing import Any, Literal, TypedDict, get_args
+from typing import Any, Literal, NotRequired, TypedDict, get_args
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -102,6 +102,9 @@ class Table(TypedDict):
     prefix: int
     prune_kept: list[int]  # of every block
     merge_kept: list[int]
+    gmacs: NotRequired[float]  # of the model with them, by the published formula
+    macs: NotRequired[float]  # the same as a share of the full model's
+    target: NotRequired[float]  # the share that was asked for
 
 
 def read_table(path: str | Path) -> Table:

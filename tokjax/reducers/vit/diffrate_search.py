@@ -312,7 +312,7 @@ class DiffRateSearch(nnx.Module):
             "gmacs": macs / G,
             "macs": macs / full,
             "target": self.wanted * self.unit / full,
-        }  # type: ignore[typeddict-unknown-key]
+        }
 
     def settled(self, params: Any) -> tuple[str, dict[str, Any]]:
         """Registered name and settings that do the same with static lengths.
