@@ -1,0 +1,139 @@
+"""Span corruption: parts of a text are cut out, and the model writes them (Raffel et al. 2020, "T5", section 3.1.4).
+
+With ByT5's settings (Xue et al. 2022, arXiv 2105.13626, section 3.1): 15 % of the bytes, in spans of 20 on average.
+Each span that was cut out leaves one sentinel in the input, 258 for the first, then 257 and so on; the target has a
+sentinel for what stayed, and the bytes that were cut out. Both end with EOS. The random draws are those of the
+published pipeline (T5's `random_spans_noise_mask` with numpy), in its order.
+"""
+
+from jaxtyping import Bool, Int, Int32
+import numpy as np
+
+from tokjax.data.bytes import EOS, FIRST_SENTINEL, OFFSET, PAD
+
+IGNORE = -100  # the label of what is not predicted
+
+
+def lengths(length: int, density: float = 0.15, mean_span: float = 20.0) -> tuple[int, int]:
+    """How much text gives inputs of a length, and how long the targets are.
+
+    Args:
+        length: of the corrupted input, its EOS included, at least 3.
+        density: share of the text that is cut out, above 0 and below 1.
+        mean_span: bytes in a span on average, above 0.
+
+    Returns:
+        T, the ids of text that go into one example (the most that fit), and the length of the target, EOS included.
+        Where T's noise is less than half a span, the rule counts no span, while `noise_mask` makes one: input and
+        target are then longer by one each.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+    _check(density, mean_span)
+    if length < 3:
+        raise ValueError(f"length must be at least 3, got {length}")
+
+    def sizes(tokens: int) -> tuple[int, int]:
+        noise = round(tokens * density)
+        spans = round(noise / mean_span)
+        return tokens - noise + spans + 1, noise + spans + 1
+
+    tokens = length
+    while sizes(tokens + 1)[0] <= length:
+        tokens += 1
+    target = sizes(tokens)[1]
+    if density == 0.5 and target > length:
+        tokens, target = tokens - 1, target - 1
+    return tokens, target
+
+
+def counts(tokens: int, density: float = 0.15, mean_span: float = 20.0) -> tuple[int, int]:
+    """How many ids of `tokens` are cut out, and in how many spans: at least one of each, and one that stays.
+
+    Raises:
+        ValueError: fewer than two tokens, a density outside (0, 1) or a mean span that is not above 0.
+    """
+    _check(density, mean_span)
+    if tokens < 2:
+        raise ValueError(f"tokens must be at least 2, one to cut out and one to keep, got {tokens}")
+    noise = min(max(round(tokens * density), 1), tokens - 1)
+    kept = tokens - noise
+    return noise, min(max(1, round(min(noise, kept) / mean_span)), noise, kept)
+
+
+def noise_mask(
+    tokens: int, rng: np.random.Generator, density: float = 0.15, mean_span: float = 20.0
+) -> Bool[np.ndarray, " T"]:
+    """Which ids of a text are cut out: spans of random lengths, beginning with text and ending with a span.
+
+    Args:
+        tokens: T, at least 2.
+        rng: drawn from twice, for the lengths of the spans and then for those of the text between them.
+        density: share of the text that is cut out.
+        mean_span: ids in a span on average.
+
+    Raises:
+        ValueError: as `counts`.
+    """
+    noise, spans = counts(tokens, density, mean_span)
+    cut, kept = _composition(noise, spans, rng), _composition(tokens - noise, spans, rng)
+    return np.repeat(np.tile([False, True], spans), np.stack([kept, cut], 1).ravel())
+
+
+def _composition(total: int, parts: int, rng: np.random.Generator) -> Int[np.ndarray, " parts"]:
+    """Random lengths, at least 1 each, that add up to a total: every choice of places to part it is as likely."""
+    parted = np.arange(total - 1) < parts - 1
+    rng.shuffle(parted)
+    return np.diff(np.flatnonzero(parted), prepend=-1, append=total - 1)
+
+
+def corrupt(
+    ids: Int[np.ndarray, "B T"], noise: Bool[np.ndarray, "B T"]
+) -> tuple[Int32[np.ndarray, "B N"], Int32[np.ndarray, "B M"]]:
+    """Inputs and targets of texts and what is cut out of them.
+
+    Args:
+        ids: of bytes and the EOS between documents; rows without padding.
+        noise: what is cut out, spans of any number and length.
+
+    Returns:
+        Input and target ids, each as wide as its longest row, padded with 0.
+
+    Raises:
+        ValueError: shapes that differ, or more spans in a row than there are sentinels.
+    """
+    ids, noise = np.asarray(ids), np.asarray(noise, bool)
+    if ids.ndim != 2 or ids.shape != noise.shape:
+        raise ValueError(f"ids are {list(ids.shape)} and noise {list(noise.shape)}; they must be the same [B, T]")
+    return _cut(ids, noise), _cut(ids, ~noise)
+
+
+def _cut(ids: Int[np.ndarray, "B T"], gone: Bool[np.ndarray, "B T"]) -> Int32[np.ndarray, "B N"]:
+    """Each run that is gone becomes a sentinel; EOS behind what is left."""
+    first = gone & ~np.pad(gone, ((0, 0), (1, 0)))[:, :-1]
+    number = np.cumsum(first, axis=1)
+    sentinels = FIRST_SENTINEL + 1 - number
+    if number.size and sentinels.min() < OFFSET:
+        raise ValueError(f"noise has {number.max()} spans in a row, there are {FIRST_SENTINEL + 1 - OFFSET} sentinels")
+    kept = ~gone | first
+    size = kept.sum(axis=1)
+    out = np.full((len(ids), int(size.max(initial=0)) + 1), PAD, np.int32)
+    row, place = np.nonzero(kept)
+    out[row, np.cumsum(kept, axis=1)[row, place] - 1] = np.where(first, sentinels, ids)[row, place]
+    out[np.arange(len(ids)), size] = EOS
+    return out
+
+
+def shift_right(labels: Int[np.ndarray, "*B T"]) -> Int32[np.ndarray, "*B T"]:
+    """What a decoder reads to predict labels: a 0, then all labels but the last, with 0 for what is ignored."""
+    labels = np.asarray(labels)
+    shifted = np.pad(labels, [(0, 0)] * (labels.ndim - 1) + [(1, 0)])[..., :-1]
+    return np.where(shifted == IGNORE, PAD, shifted).astype(np.int32)
+
+
+def _check(density: float, mean_span: float) -> None:
+    if not 0 < density < 1:
+        raise ValueError(f"density must be above 0 and below 1, got {density}")
+    if not mean_span > 0:
+        raise ValueError(f"mean_span must be above 0, got {mean_span}")
