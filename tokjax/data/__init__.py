@@ -13,9 +13,10 @@ import numpy as np
 
 from tokjax.data.captions import Captions, Tokenized
 from tokjax.data.dense import SegmentationFolder
-from tokjax.data.loader import Batch, Loader, LoaderIterator, Normaliser, Transform
+from tokjax.data.loader import Batch, Loader, Normaliser, Transform
 from tokjax.data.scenes import Scenes
 from tokjax.data.sources import Digits, ImageFolder, Only, Parquet, Source, keep_decoded, open_source, subset
+from tokjax.data.stream import LoaderIterator
 from tokjax.data.transforms import Evaluation, ImageError, Mix, Normalise, Training
 from tokjax.errors import UserError
 
