@@ -21,12 +21,14 @@ Where = Literal[
     "after_block",
     "around_attention",  # reduce, run, unmerge
     "around_cross_attention",
+    "after_cross_attention",  # on a decoder's tokens, with the signals of its attention to the encoder
     "around_mlp",
     "readout",  # `readout(states) -> [B,C] | Logits`: a head that reads the tokens after every block
     "before_llm",  # on the tokens of an encoder, before they enter a language model
     "after_prefill",  # on a KV cache
     "decode_step",
 ]
+CROSS: frozenset[Where] = frozenset({"around_cross_attention", "after_cross_attention"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +46,7 @@ class ModelInfo:
     classes: int = 0  # 0: no classifier
     patch: int = 0  # values that a patch is embedded from; 0: no patches
     mlp: int = 0  # multiply-accumulates of an MLP for one token; 0: those of one four times as wide as the model
+    decoder_depth: int = 0  # blocks with cross-attention, where they are a stack of their own
 
     @property
     def mlp_macs(self) -> int:
@@ -109,8 +112,9 @@ def check(hooks: Sequence[Hook], info: ModelInfo) -> None:
         name = type(hook.reducer).__name__
         if hook.where not in info.sites:
             raise ValueError(f"{name} hooks in at {hook.where!r}; this model has {', '.join(sorted(info.sites))}")
-        if not 0 <= hook.layer < info.depth:
-            raise ValueError(f"{name} hooks in at layer {hook.layer}; this model has layers 0 to {info.depth - 1}")
+        depth = info.decoder_depth if info.decoder_depth and hook.where in CROSS else info.depth
+        if not 0 <= hook.layer < depth:
+            raise ValueError(f"{name} hooks in at layer {hook.layer}; this model has layers 0 to {depth - 1}")
 
 
 def reduce(

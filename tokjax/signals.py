@@ -5,7 +5,7 @@ Scores obey the same rule as the attention itself, and are computed for the rows
 
 from collections.abc import Callable
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from flax import struct
 import jax
@@ -50,6 +50,8 @@ class Context(struct.PyTreeNode):
     image_sizes: Int[Array, "B 2"] | None = None  # height, width in pixels before padding
     relevance: Float[Array, "B h w"] | None = None  # of the patches of an image, told by another model
     boxes: Int[Array, "B 2 4"] | None = None  # top, left, height, width in pixels: of the input; of `relevance`
+    memory: Tokens | None = None  # the encoder's tokens, which a decoder attends to
+    relative: Any = None  # what the blocks of a stack share of their relative bias
 
     def row_keys(self, batch: int, salt: int, seed: int = 0) -> Array:
         """One key a row, which does not depend on the batch around it; `seed` serves where the call has no key."""

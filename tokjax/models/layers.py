@@ -16,7 +16,10 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "quick": lambda x: x * jax.nn.sigmoid(1.702 * x),  # OpenAI CLIP
     "swiglu": lambda x: jax.nn.silu(x[..., : x.shape[-1] // 2]) * x[..., x.shape[-1] // 2 :],  # Shazeer 2020
+    "geglu": lambda x: jax.nn.gelu(x[..., : x.shape[-1] // 2]) * x[..., x.shape[-1] // 2 :],  # with tanh: T5 1.1
+    "relu": jax.nn.relu,
 }
+GATED = ("swiglu", "geglu")
 
 
 def attention(signals: Signals, implementation: Literal["xla", "cudnn"] = "xla") -> Float[Array, "B N H D"]:
@@ -86,6 +89,12 @@ def layer_norm(width: int, eps: float, rngs: nnx.Rngs) -> nnx.LayerNorm:
     return nnx.LayerNorm(width, epsilon=eps, use_fast_variance=False, dtype=jnp.float32, rngs=rngs)
 
 
+def rms_norm(width: int, eps: float, rngs: nnx.Rngs, scale: float = 1.0) -> nnx.RMSNorm:
+    """A norm without mean and bias (Zhang and Sennrich 2019), in float32; `scale`: its weights at first."""
+    init = nnx.initializers.constant(scale)
+    return nnx.RMSNorm(width, epsilon=eps, scale_init=init, dtype=jnp.float32, rngs=rngs)
+
+
 def linear(inputs: int, outputs: int, *, bias: bool, dtype: str, rngs: nnx.Rngs, init=None) -> nnx.Linear:
     """A dense layer with parameters in float32, which computes in `dtype`; `init` of its kernel, None: Xavier's."""
     init = init or nnx.initializers.xavier_uniform()
@@ -103,15 +112,32 @@ class LayerScale(nnx.Module):
 
 
 class Mlp(nnx.Module):
-    """Two linear layers; with "swiglu" the first is twice as wide, its gate in front of its values."""
+    """Two linear layers; if the activation is gated the first is twice as wide, its gate in front of its values.
 
-    def __init__(self, width: int, hidden: int, activation: str, *, dtype: str, rngs: nnx.Rngs):
+    `init`: of the two kernels.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        activation: str,
+        *,
+        dtype: str,
+        rngs: nnx.Rngs,
+        bias: bool = True,
+        init: tuple[Any, Any] = (None, None),
+    ):
         self.activation = activation
-        self.fc1 = linear(width, hidden * (1 + (activation == "swiglu")), bias=True, dtype=dtype, rngs=rngs)
-        self.fc2 = linear(hidden, width, bias=True, dtype=dtype, rngs=rngs)
+        wide = hidden * (1 + (activation in GATED))
+        self.fc1 = linear(width, wide, bias=bias, dtype=dtype, rngs=rngs, init=init[0])
+        self.fc2 = linear(hidden, width, bias=bias, dtype=dtype, rngs=rngs, init=init[1])
 
-    def __call__(self, x: Float[Array, "B N C"]) -> Float[Array, "B N C"]:
-        return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
+    def __call__(
+        self, x: Float[Array, "B N C"], inner: Callable[[Array], Array] = lambda hidden: hidden
+    ) -> Float[Array, "B N C"]:
+        """`inner`: what becomes of the hidden activations (dropout)."""
+        return self.fc2(inner(ACTIVATIONS[self.activation](self.fc1(x))))
 
 
 class AttentionPool(nnx.Module):
@@ -183,6 +209,18 @@ def drop_path(x: Float[Array, "B N C"], rate: float | Array, key: Array | None) 
     else:
         kept = jax.random.bernoulli(key, 1 - rate, (x.shape[0], 1, 1))
     return jnp.where(kept, x / (1 - rate), 0)
+
+
+def dropout(x: Array, drop: tuple[float | Array, Array] | None) -> Array:
+    """Drops single values of x [B, ...] at a rate, with one key or one a row; None: nothing."""
+    if drop is None:
+        return x
+    rate, key = drop
+    if key.ndim:
+        kept = jax.vmap(lambda one: jax.random.bernoulli(one, 1 - rate, x.shape[1:]))(key)
+    else:
+        kept = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
 
 
 def fold_in(key: Array, number: int | Array) -> Array:

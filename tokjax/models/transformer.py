@@ -17,16 +17,26 @@ from tokjax.tokens import MASKED, Tokens
 
 Gelu = Literal["exact", "tanh", "quick"]
 MlpKind = Literal["plain", "swiglu"]
-SITES = frozenset(get_args(hk.Where)) - {"around_cross_attention", "before_llm", "after_prefill", "decode_step"}
+SITES = frozenset(get_args(hk.Where)) - hk.CROSS - {"before_llm", "after_prefill", "decode_step"}
+Drop = tuple[float | Array, Array]  # a rate, and one key or one a row
 
 
-class BlockConfig(Protocol):
+class StackConfig(Protocol):
+    """The fields of a config that a stack of blocks reads, whatever its blocks are."""
+
+    @property
+    def depth(self) -> int: ...
+    @property
+    def drop_path(self) -> float: ...
+    @property
+    def scan(self) -> bool: ...
+
+
+class BlockConfig(StackConfig, Protocol):
     """The fields of a model's config that its blocks read."""
 
     @property
     def width(self) -> int: ...
-    @property
-    def depth(self) -> int: ...
     @property
     def heads(self) -> int: ...
     @property
@@ -50,11 +60,7 @@ class BlockConfig(Protocol):
     @property
     def rope(self) -> float | None: ...
     @property
-    def drop_path(self) -> float: ...
-    @property
     def dtype(self) -> str: ...
-    @property
-    def scan(self) -> bool: ...
     @property
     def attention(self) -> Literal["xla", "cudnn"]: ...
 
@@ -125,7 +131,7 @@ class Attention(nnx.Module):
         bias = None if bias is None else bias[:, None, None]
         # By true position where there is one: reducers may change the order.
         ordered = self.causal and tokens.position is not None
-        pairs = _pair_bias(tokens.position if ordered else None, tokens.segment)
+        pairs = pair_mask(tokens.position if ordered else None, tokens.segment)
         rule = AttentionRule(scale=d**-0.5, causal=self.causal and not ordered)
         return Signals(q, k, v, bias, context=context, rule=rule, pair_bias=pairs)
 
@@ -134,7 +140,7 @@ class Attention(nnx.Module):
         return self.proj(out.reshape(*out.shape[:2], -1))
 
 
-def _pair_bias(
+def pair_mask(
     position: Int[Array, "B N"] | None, segment: Int[Array, "B N"] | None
 ) -> Callable[[Queries], Float[Array, "B 1 Q N"]] | None:
     """The causal mask of tokens that do not stand in order, and that of rows which hold several sequences."""
@@ -155,6 +161,11 @@ def _pair_bias(
 class Block(nnx.Module):
     """A pre-norm transformer block: attention, then MLP, each on a residual branch, with the sites for hooks."""
 
+    norm1: Any
+    norm2: Any
+    attn: Any
+    mlp: Any
+
     def __init__(self, cfg: BlockConfig, *, rngs: nnx.Rngs):
         c, eps = cfg.width, cfg.norm_eps
         self.norm1, self.norm2 = layers.layer_norm(c, eps, rngs), layers.layer_norm(c, eps, rngs)
@@ -171,9 +182,9 @@ class Block(nnx.Module):
         hooks: Sequence[hk.Hook] = (),
         layer: int = 0,
         context: Context | None = None,
-        drop: tuple[float | Array, Array] | None = None,
+        drop: Drop | None = None,
     ) -> tuple[Tokens, Tokens]:
-        """Attention and MLP with their hooks; also the tokens that the MLP ran on. `drop`: rate, key."""
+        """Attention and MLP with their hooks; also the tokens that the MLP ran on."""
         outside = Signals(context=context or Context())
         tokens, _ = hk.reduce(hooks, "before_block", layer, tokens, outside)
         inside = [outside]  # the signals of this block's attention, once it has run on all tokens
@@ -183,25 +194,41 @@ class Block(nnx.Module):
             signals = hk.attend(hooks, layer, part, signals)
             if part.length == tokens.length:
                 inside[0] = signals
-            return self.attn(signals)
+            return self._attend(signals, drop)
 
         def branch(where: hk.Where, tokens: Tokens, norm, run, scale: str, salt: int) -> Tokens:
             y, after = hk.around(hooks, where, layer, tokens.replace(x=norm(tokens.x)), outside, run)
             y = getattr(self, scale)(y) if self.scaled else y
-            if drop is not None:
-                y = layers.drop_path(y, drop[0], layers.fold_in(drop[1], salt))
+            y = y if drop is None else self._dropped(y, (drop[0], layers.fold_in(drop[1], salt)))
             return after.replace(x=tokens.x + y)
 
         tokens = branch("around_attention", tokens, self.norm1, attend, "ls1", 0)
         tokens, signals = hk.reduce(hooks, "after_attention", layer, tokens, inside[0], then="after_block")
+        tokens = self._between(tokens, hooks, layer, outside.context, drop, branch)
         entered: list[Tokens] = []
 
         def mlp(part: Tokens) -> Array:
             entered.append(part)
-            return self.mlp(part.x)
+            return self._feed(part.x, drop)
 
         tokens = branch("around_mlp", tokens, self.norm2, mlp, "ls2", 1)
         return hk.reduce(hooks, "after_block", layer, tokens, signals)[0], entered[0]
+
+    # What blocks of other kinds do in another way.
+
+    def _attend(self, signals: Signals, drop: Drop | None) -> Array:
+        return self.attn(signals)
+
+    def _feed(self, x: Array, drop: Drop | None) -> Array:
+        return self.mlp(x)
+
+    def _dropped(self, y: Array, drop: Drop) -> Array:
+        """A branch before it is added."""
+        return layers.drop_path(y, *drop)
+
+    def _between(self, tokens: Tokens, hooks, layer: int, context: Context, drop: Drop | None, branch) -> Tokens:
+        """What stands between attention and MLP: in a decoder that reads an encoder, `branch` of that."""
+        return tokens
 
 
 class Ran(struct.PyTreeNode):
@@ -220,13 +247,13 @@ class Blocks(nnx.Module):
     blocks: Any
     cfg: Any
 
-    def _make_blocks(self, cfg: BlockConfig, rngs: nnx.Rngs) -> None:
-        blocks = [Block(cfg, rngs=rngs) for _ in range(cfg.depth)]
+    def _make_blocks(self, cfg: Any, rngs: nnx.Rngs, kind: Callable[..., Block] = Block) -> None:
+        blocks = [kind(cfg, rngs=rngs) for _ in range(cfg.depth)]
         self.blocks = _stacked(blocks) if cfg.scan else nnx.List(blocks)
 
     def _run(
         self,
-        cfg: BlockConfig,
+        cfg: StackConfig,
         tokens: Tokens,
         hooks: Sequence[hk.Hook],
         context: Context,
@@ -234,7 +261,7 @@ class Blocks(nnx.Module):
         keep_states: bool = False,
         span: tuple[int, int] | None = None,
     ) -> Ran:
-        """All blocks, or those of `span`; traces if `tokens.origin` is filled. `key`: stochastic depth."""
+        """All blocks, or those of `span`; traces if `tokens.origin` is filled. `key`: what drops branches."""
         first, last = span or (0, cfg.depth)
         if first == 0:
             tokens, _ = hk.reduce(hooks, "input", 0, tokens, Signals(context=context))
@@ -242,10 +269,11 @@ class Blocks(nnx.Module):
         states: list[Tokens] = []
         traces: list[LayerTrace] = []
         for at, end, block in self._runs(cfg, hooks, first, last, whole=not keep and not traced):
+            context = self._shared(context, tokens)
             if block is None:
                 tokens = self._scan(cfg, tokens, at, end, context, key)
                 continue
-            tokens, entered = block(tokens, hooks, at, context, _drop(cfg, at, key))
+            tokens, entered = block(tokens, hooks, at, context, self._drop(cfg, at, key))
             if keep:
                 states.append(tokens)
             if tokens.origin is not None:
@@ -255,7 +283,7 @@ class Blocks(nnx.Module):
         return Ran(tokens, pooled, tuple(traces) if traced else None, kept, logits)
 
     def _runs(
-        self, cfg: BlockConfig, hooks: Sequence[hk.Hook], first: int, depth: int, whole: bool
+        self, cfg: StackConfig, hooks: Sequence[hk.Hook], first: int, depth: int, whole: bool
     ) -> Iterator[tuple[int, int, Block | None]]:
         """(first, last, block) in order; a run of at least four hook-free stacked blocks has None for the block."""
         hooked = {hook.layer for hook in hooks if hook.where not in ("input", "readout")}
@@ -271,29 +299,32 @@ class Blocks(nnx.Module):
                     yield layer, layer + 1, self._block(cfg, layer)
             first = last
 
-    def _block(self, cfg: BlockConfig, layer: int) -> Block:
+    def _block(self, cfg: StackConfig, layer: int) -> Block:
         if not cfg.scan:
             return self.blocks[layer]
         graphdef, state = nnx.split(self.blocks)
         return nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[layer], state))
 
-    def _scan(self, cfg: BlockConfig, tokens: Tokens, first: int, last: int, context: Context, key) -> Tokens:
+    def _scan(self, cfg: StackConfig, tokens: Tokens, first: int, last: int, context: Context, key) -> Tokens:
         graphdef, state = nnx.split(self.blocks)
         params = jax.tree.map(lambda leaf: leaf[first:last], state)
 
-        def body(tokens, step):
+        def body(x, step):  # without hooks nothing but the features changes
             layer, params = step
-            tokens, _ = nnx.merge(graphdef, params)(tokens, context=context, drop=_drop(cfg, layer, key))
-            return tokens, None
+            block, drop = nnx.merge(graphdef, params), self._drop(cfg, layer, key)
+            return block(tokens.replace(x=x), context=context, drop=drop)[0].x, None
 
-        return jax.lax.scan(body, tokens, (jnp.arange(first, last), params))[0]
+        return tokens.replace(x=jax.lax.scan(body, tokens.x, (jnp.arange(first, last), params))[0])
 
+    def _shared(self, context: Context, tokens: Tokens) -> Context:
+        """The context of the next block, with what several blocks share."""
+        return context
 
-def _drop(cfg: BlockConfig, layer, key):
-    if key is None or not cfg.drop_path:
-        return None
-    rate = cfg.drop_path * layer / max(cfg.depth - 1, 1)
-    return rate, layers.fold_in(key, layer)
+    def _drop(self, cfg: StackConfig, layer: int | Array, key: Array | None) -> Drop | None:
+        """Rate and key of what a block drops: branches, with a rate that rises from block to block."""
+        if key is None or not cfg.drop_path:
+            return None
+        return cfg.drop_path * layer / max(cfg.depth - 1, 1), layers.fold_in(key, layer)
 
 
 def _stacked(blocks: list[Block]) -> Block:
