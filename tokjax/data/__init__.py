@@ -12,6 +12,7 @@ from ml_collections import config_dict
 import numpy as np
 
 from tokjax.data.captions import Captions, Tokenized
+from tokjax.data.config import complete
 from tokjax.data.dense import SegmentationFolder
 from tokjax.data.loader import Batch, Loader, Normaliser, Transform
 from tokjax.data.scenes import Scenes
@@ -134,7 +135,7 @@ def make(
     Raises:
         UserError: a field that does not exist or has a wrong value, or whatever the source or the loader finds.
     """
-    config = _complete(config)
+    config = complete(config, default_config())
     name = {"train": config.train_split, "test": config.test_split}.get(split, split)
     try:
         source = open_source(config, name, train)
@@ -207,20 +208,3 @@ def make(
         raise
     except ValueError as error:
         raise UserError(f"data config: {error}") from error
-
-
-def _complete(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    complete = default_config()
-    given = config.to_dict()
-    for section in ("", "resize", "scenes", "augment"):
-        fields, known = (given.get(section, {}), complete[section]) if section else (given, complete)
-        if not isinstance(fields, dict):
-            raise UserError(f"data config: {section} must hold fields, got {fields!r}")
-        if unknown := sorted(set(fields) - set(known)):
-            where = f"of {section} " if section else ""
-            raise UserError(f"data config: unknown field {where}{unknown[0]!r}; choose from {', '.join(known)}")
-    try:
-        complete.update(given)
-    except TypeError as error:
-        raise UserError(f"data config: {str(error).splitlines()[0]}") from error
-    return complete

@@ -77,15 +77,18 @@ def noise_mask(
         ValueError: as `counts`.
     """
     noise, spans = counts(tokens, density, mean_span)
-    cut, kept = _composition(noise, spans, rng), _composition(tokens - noise, spans, rng)
-    return np.repeat(np.tile([False, True], spans), np.stack([kept, cut], 1).ravel())
+    runs = np.empty(2 * spans, int)  # text and noise in turn
+    runs[1::2] = _composition(noise, spans, rng)
+    runs[::2] = _composition(tokens - noise, spans, rng)
+    return np.repeat(np.arange(2 * spans) % 2 == 1, runs)
 
 
 def _composition(total: int, parts: int, rng: np.random.Generator) -> Int[np.ndarray, " parts"]:
     """Random lengths, at least 1 each, that add up to a total: every choice of places to part it is as likely."""
     parted = np.arange(total - 1) < parts - 1
     rng.shuffle(parted)
-    return np.diff(np.flatnonzero(parted), prepend=-1, append=total - 1)
+    ends = np.concatenate([[-1], np.flatnonzero(parted), [total - 1]])
+    return ends[1:] - ends[:-1]
 
 
 def corrupt(
@@ -111,17 +114,19 @@ def corrupt(
 
 def _cut(ids: Int[np.ndarray, "B T"], gone: Bool[np.ndarray, "B T"]) -> Int32[np.ndarray, "B N"]:
     """Each run that is gone becomes a sentinel; EOS behind what is left."""
-    first = gone & ~np.pad(gone, ((0, 0), (1, 0)))[:, :-1]
-    number = np.cumsum(first, axis=1)
-    sentinels = FIRST_SENTINEL + 1 - number
-    if number.size and sentinels.min() < OFFSET:
-        raise ValueError(f"noise has {number.max()} spans in a row, there are {FIRST_SENTINEL + 1 - OFFSET} sentinels")
+    first = gone.copy()
+    first[:, 1:] &= ~gone[:, :-1]
+    spans = first.sum(axis=1, keepdims=True)
+    most = int(spans.max(initial=0))
+    if most > FIRST_SENTINEL + 1 - OFFSET:
+        raise ValueError(f"noise has {most} spans in a row, there are {FIRST_SENTINEL + 1 - OFFSET} sentinels")
+    marked = ids.astype(np.int32)
+    marked[first] = np.broadcast_to(FIRST_SENTINEL - np.arange(most), (len(ids), most))[np.arange(most) < spans]
     kept = ~gone | first
-    size = kept.sum(axis=1)
+    size = kept.sum(axis=1, keepdims=True)
     out = np.full((len(ids), int(size.max(initial=0)) + 1), PAD, np.int32)
-    row, place = np.nonzero(kept)
-    out[row, np.cumsum(kept, axis=1)[row, place] - 1] = np.where(first, sentinels, ids)[row, place]
-    out[np.arange(len(ids)), size] = EOS
+    out[np.arange(out.shape[1]) < size] = marked[kept]
+    np.put_along_axis(out, size, EOS, axis=1)
     return out
 
 

@@ -30,7 +30,7 @@ from tokjax.errors import UserError
 
 SOURCES = ("digits", "parquet", "imagefolder", "scenes", "captions", "segmentation", "auto")
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2"})
-_HELD_OUT = ("val", "validation", "valid", "dev", "test")  # names for the same thing, in the order they are tried
+HELD_OUT = ("val", "validation", "valid", "dev", "test")  # names for the same thing, in the order they are tried
 _PARQUET_NAME = re.compile(r"(?P<split>.+?)(?:[-_.]\d.*)?\.parquet")  # train.parquet, train-00000-of-00002-abc.parquet
 
 
@@ -171,36 +171,21 @@ class Parquet(Labelled):
         classes: int | None = None,
     ):
         folder = open_folder(path)
-        found = _parquet_files(folder)
+        found = parquet_files(folder)
         name = find_split(split, found, folder)
-        self._files = [_open_parquet(file) for file in found[name]]
+        self._files = [open_parquet(file) for file in found[name]]
         self._paths = [str(file.relative_to(folder)) for file in found[name]]
         schema = self._files[0].schema_arrow
         where = found[name][0]
-        image = _pick_column(schema, "image_column", image_column, _is_image, ("image", "img"), where)
-        label = _pick_column(schema, "label_column", label_column, pa.types.is_integer, ("label",), where)
+        image = pick_column(schema, "image_column", image_column, _is_image, ("image", "img"), where)
+        label = pick_column(schema, "label_column", label_column, pa.types.is_integer, ("label",), where)
         self._column = image
         self._leaf = f"{image}.bytes" if pa.types.is_struct(schema.field(image).type) else image
 
-        self.labels = _read_labels(self._files, label, where)
+        self.labels = read_labels(self._files, label, where)
         if not len(self.labels):
             raise UserError(f"split {name!r} of {folder} has no rows")
-        names = _hf_class_names(schema, label)
-        if names is None:
-            top = int(self.labels.max())
-            if "train" in found and name != "train":  # a rare class may be missing here, and the model was built there
-                train = _read_labels([_open_parquet(f) for f in found["train"]], label, found["train"][0])
-                top = max(top, int(train.max(initial=0)))
-            if classes is not None and classes <= top:
-                raise UserError(f"classes={classes}: column {label!r} of {where} or of train has label {top}")
-            names = tuple(str(index) for index in range(classes or top + 1))
-        elif classes not in (None, len(names)):
-            raise UserError(f"classes={classes}: the schema of {where} names {len(names)}")
-        elif self.labels.max() >= len(names):
-            raise UserError(
-                f"column {label!r} of {where} has label {self.labels.max()}, its schema names {len(names)} classes"
-            )
-        self.class_names = names
+        self.class_names = class_names(label, self.labels, found, name, classes)
 
         # Row groups in order: where each starts in the split, and which file it is in.
         self._groups = [(file, group) for file, f in enumerate(self._files) for group in range(f.num_row_groups)]
@@ -443,7 +428,7 @@ def open_source(config: ml_collections.ConfigDict, split: str | None, train: boo
     if kind not in SOURCES:
         raise UserError(f"unknown data source {kind!r}: choose from {', '.join(SOURCES)}")
     if kind == "auto":
-        kind = "digits" if not path else "parquet" if _parquet_files(open_folder(path)) else "imagefolder"
+        kind = "digits" if not path else "parquet" if parquet_files(open_folder(path)) else "imagefolder"
     if kind == "digits":
         return Digits(split or "train", size=min(config.image_size))
     if kind == "scenes":
@@ -494,7 +479,7 @@ def subfolders(folder: Path) -> list[Path]:
 
 def find_split(split: str, found: dict, folder: Path) -> str:
     """The name under which a split exists: its own, or another name for held-out data."""
-    candidates = [split, *(_HELD_OUT if split in _HELD_OUT else ())]
+    candidates = [split, *(HELD_OUT if split in HELD_OUT else ())]
     for name in candidates:
         if name in found:
             if name != split:
@@ -522,7 +507,7 @@ def images_under(folder: Path) -> list[str]:
     return found
 
 
-def _parquet_files(folder: Path) -> dict[str, list[Path]]:
+def parquet_files(folder: Path) -> dict[str, list[Path]]:
     """Split -> its files. Files of a folder `split/` belong to it, the others tell their split by name."""
     found: dict[str, list[Path]] = {}
     for place in (folder, folder / "data"):
@@ -535,7 +520,7 @@ def _parquet_files(folder: Path) -> dict[str, list[Path]]:
     return found
 
 
-def _open_parquet(path: Path) -> pq.ParquetFile:
+def open_parquet(path: Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path, memory_map=True)
     except (pa.ArrowException, OSError) as error:
@@ -548,7 +533,7 @@ def _is_image(kind: pa.DataType) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
-def _pick_column(schema: pa.Schema, role: str, name: str | None, fits, usual: tuple[str, ...], where: Path) -> str:
+def pick_column(schema: pa.Schema, role: str, name: str | None, fits, usual: tuple[str, ...], where: Path) -> str:
     fitting = [field.name for field in schema if fits(field.type)]
     if name is not None:
         if name not in schema.names:
@@ -571,7 +556,7 @@ def _pick_column(schema: pa.Schema, role: str, name: str | None, fits, usual: tu
     )
 
 
-def _read_labels(files: list[pq.ParquetFile], column: str, where: Path) -> Int32[np.ndarray, " n"]:
+def read_labels(files: list[pq.ParquetFile], column: str, where: Path) -> Int32[np.ndarray, " n"]:
     try:
         chunks = [chunk.cast(pa.int64()) for file in files for chunk in file.read([column])[column].chunks]
         labels = pa.chunked_array(chunks, pa.int64())
@@ -583,6 +568,38 @@ def _read_labels(files: list[pq.ParquetFile], column: str, where: Path) -> Int32
     if len(values) and values.min() < 0:
         raise UserError(f"column {column!r} of {where} has the label {values.min()}: is this split without labels?")
     return values.astype(np.int32)
+
+
+def class_names(
+    column: str, labels: Int32[np.ndarray, " n"], found: Mapping[str, Sequence[Path]], split: str, classes: int | None
+) -> tuple[str, ...]:
+    """Names of the classes of a parquet split: the schema's, else as many numbers as this split and `train` show.
+
+    Args:
+        column: of the labels.
+        labels: of the split, at least one.
+        found: the files of each split.
+        split: which one.
+        classes: how many, where the schema does not name them.
+
+    Raises:
+        UserError: labels that are not of `classes`, or of the schema's.
+    """
+    where = found[split][0]
+    names = _hf_class_names(open_parquet(where).schema_arrow, column)
+    if names is None:
+        top = int(labels.max())
+        if "train" in found and split != "train":  # a rare class may be missing here, and the model was built there
+            train = read_labels([open_parquet(f) for f in found["train"]], column, found["train"][0])
+            top = max(top, int(train.max(initial=0)))
+        if classes is not None and classes <= top:
+            raise UserError(f"classes={classes}: column {column!r} of {where} or of train has label {top}")
+        return tuple(str(index) for index in range(classes or top + 1))
+    if classes not in (None, len(names)):
+        raise UserError(f"classes={classes}: the schema of {where} names {len(names)}")
+    if labels.max() >= len(names):
+        raise UserError(f"column {column!r} of {where} has label {labels.max()}, its schema names {len(names)} classes")
+    return names
 
 
 def _hf_class_names(schema: pa.Schema, column: str) -> tuple[str, ...] | None:
