@@ -49,6 +49,7 @@ def default_config() -> ml_collections.ConfigDict:
     search.lr = 0.1  # published: 0.01 for twelve times as many steps
     search.final_lr = 0.01
     search.chord = True  # see DiffRateSearch
+    search.granularity = 4  # step between candidate counts
     search.batch_size = 64
     return config
 
@@ -174,6 +175,7 @@ class Rates(TrainReducer):
                 "train.checkpoint_every": steps,
             }
             settings = {"name": "diffrate_search", "target": target, "chord": study.search.chord}
+            settings["granularity"] = study.search.granularity
             run = part(self, f"search_{target}_{seed}", changes, settings)
             run.run("train")
             table = json.loads((run.workdir / "rates.json").read_text())
@@ -234,8 +236,8 @@ class Rates(TrainReducer):
     def tuned(self) -> Iterator[dict[str, Any]]:
         """What is fine-tuned: `target`, `seed`, `method`, `course`, `settings`."""
         study = self.config.study
-        for target in study.targets:
-            for seed in study.seeds:
+        for seed in study.seeds:  # outermost: what a stopped run has is whole seeds
+            for target in study.targets:
                 for row in self.done("search"):
                     if (row["target"], row["seed"]) == (target, seed):
                         yield {**row, "method": "diffrate", "course": SEARCHED}
@@ -268,7 +270,7 @@ class Rates(TrainReducer):
             model = run.model()
             share = model.cost().total / self.start.cost().total
             kept = {key: row[key] for key in ("target", "seed", "method", "course")}
-            self.note("finetune", {**kept, "macs_relative": share, **self.judged(model, label)})
+            self.note("finetune", {**kept, "macs_relative": share, **self.evaluation(model)(model.params)})
 
     def report(self) -> None:
         """Table and figures from the rows that are there."""
