@@ -228,3 +228,47 @@ IMAGE, GROUPS = noise(8, 8), np.zeros(4, int)
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+class TestDeletedBytes:
+    def inks(self, picture, color):
+        return int((picture == np.array(color, np.uint8)).all(-1).sum())
+
+    def test_boxes_are_filled_where_bytes_are_kept(self):
+        kept, gone = (viz.deleted_bytes([("a", "abc dé", np.full(7, alive))], fonts=()) for alive in (True, False))
+        blue = (0, 114, 178)
+        assert kept.dtype == np.uint8 and kept.shape == gone.shape
+        assert self.inks(kept, blue) > 0 == self.inks(gone, blue)
+        half = viz.deleted_bytes([("a", "abc dé", np.array([1, 0, 0, 0, 0, 0, 0], bool))], fonts=())
+        assert self.inks(kept, blue) > 6 * self.inks(half, blue) > 0
+
+    def test_lines_wrap_between_characters(self):
+        one, two = (viz.deleted_bytes([("a", "é" * n, np.ones(2 * n, bool))], columns=9, fonts=()) for n in (4, 5))
+        assert two.shape[0] > one.shape[0] and two.shape[1] == one.shape[1]
+        assert viz._characters("aé世\U0001f642".encode() + b"\xff\xe4") == [
+            ("a", 1), ("é", 2), ("世", 3), ("\U0001f642", 4), (None, 1), (None, 1),
+        ]  # fmt: skip
+
+    def test_what_no_font_has_is_written_in_hexadecimal(self):
+        faces = viz._faces({"a", "é", " ", "\U0010fffd", "\x00"}, 12, fonts=["no such font"])
+        assert set(faces) == {"a", "é", " "}
+        plain, coded = (viz.deleted_bytes([("a", t, np.ones(3, bool))], fonts=()) for t in (b"abc", b"\xff" * 3))
+        assert plain.shape == coded.shape
+        note = slice(48, None)  # below the only line
+        assert (coded[note] < 255).sum() > 1.5 * (plain[note] < 255).sum() > 0
+
+    def test_an_empty_text(self):
+        assert viz.deleted_bytes([("nothing", "", np.zeros(0, bool))], fonts=()).ndim == 3
+
+    @pytest.mark.parametrize(
+        ("rows", "options", "message"),
+        [
+            ([], {}, "rows must hold at least one text"),
+            ([("a", "é", np.ones(1, bool))], {}, r"kept of 'a' must be bool \[2\], got bool \[1\]"),
+            ([("a", "a", np.ones(1))], {}, r"must be bool \[1\], got float64"),
+            ([("a", "a", np.ones(1, bool))], {"columns": 7}, "columns and font_size must be at least 8 and 6, got 7"),
+        ],
+    )
+    def test_errors(self, rows, options, message):
+        with pytest.raises(ValueError, match=message):
+            viz.deleted_bytes(rows, **options)

@@ -1,4 +1,4 @@
-"""Pictures of what merged with what, and the plots of a comparison.
+"""Pictures of what merged with what, of deleted bytes, and the plots of a comparison.
 
 Everything here runs on the host with numpy, Pillow and matplotlib; jax arrays are accepted wherever numpy arrays are.
 Pictures are uint8 arrays `[H, W, 3]`, one image at a time. Plots are `matplotlib.figure.Figure` objects that were made
@@ -11,6 +11,7 @@ for their figures; for the same source map and colours `merged_regions` gives th
 
 from collections.abc import Iterable, Mapping, Sequence
 import io
+import itertools
 import math
 from pathlib import Path
 import random
@@ -18,8 +19,10 @@ from typing import Any, Literal, NamedTuple, TypeGuard
 
 from jaxtyping import Bool, Float, Int, UInt8
 import matplotlib
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ft2font import FT2Font
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -408,7 +411,7 @@ def image_grid(
         )
     columns = min(columns, len(pictures))
     rows = math.ceil(len(pictures) / columns)
-    font = ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")), font_size)
+    font = ImageFont.truetype(_DEJAVU, font_size)
     height = max(picture.shape[0] for picture in pictures)
     width = max(picture.shape[1] for picture in pictures)
     if labels is not None:
@@ -428,6 +431,135 @@ def image_grid(
             place = (left + width / 2, top + height + gap // 2 + j * line)
             draw.text(place, text, _INK if j == 0 else "#555555", font, anchor="ma")
     return np.asarray(canvas)
+
+
+# --- bytes ------------------------------------------------------------------------------------------------------------
+
+
+def deleted_bytes(
+    rows: Sequence[tuple[str, bytes | str, Bool[Array, " n"]]],
+    *,
+    columns: int = 80,
+    font_size: int = 15,
+    fonts: Sequence[str | Path] | None = None,
+) -> UInt8[Array, "H W 3"]:
+    """Texts with the bytes that a model deleted, one text below the other.
+
+    Every byte is a box below its character, filled where it is kept and empty where it is deleted; a character of
+    several bytes stands over all of its boxes. Characters without a kept byte are pale. Where no font has a character
+    (matplotlib's own has neither Chinese nor Devanagari, say) its bytes are written in hexadecimal, and a line below
+    the picture says so. Code points stand one by one from left to right in the order of their bytes, also in scripts
+    that are written otherwise.
+
+    Args:
+        rows: (name, text, whether each byte is kept); bytes that are no UTF-8 are written in hexadecimal.
+        columns: bytes in a line, at least 8; characters are not parted.
+        font_size: in pixels.
+        fonts: files to look for characters in, after matplotlib's; None: all that the system has.
+
+    Raises:
+        ValueError: no rows, a mask that does not fit its text, or a number out of range.
+    """
+    if not rows:
+        raise ValueError("rows must hold at least one text")
+    if columns < 8 or font_size < 6:
+        raise ValueError(f"columns and font_size must be at least 8 and 6, got {columns} and {font_size}")
+    texts = []
+    for name, text, kept in rows:
+        data = text.encode("utf-8", "replace") if isinstance(text, str) else bytes(text)
+        mask = np.asarray(kept)
+        if mask.dtype != np.bool_ or mask.shape != (len(data),):
+            raise ValueError(f"kept of {name!r} must be bool [{len(data)}], got {mask.dtype} {list(mask.shape)}")
+        texts.append((name, data, mask))
+    characters = {character for _, data, _ in texts for character, _ in _characters(data) if character}
+    faces = _faces(characters, font_size, fonts)
+    face = ImageFont.truetype(_DEJAVU, font_size)
+    small = ImageFont.truetype(_DEJAVU, max(6, round(0.55 * font_size)))
+
+    width, line = math.ceil(0.78 * font_size), math.ceil(2.3 * font_size)
+    label = max(math.ceil(face.getlength(name)) for name, _, _ in texts)
+    label = max(label, math.ceil(small.getlength("100% of 0000 bytes deleted")))
+    placed: list[tuple[int, int, str | None, bytes, Array]] = []  # line, column, character, its bytes, which are kept
+    heads: list[tuple[int, str, str]] = []
+    row = 0
+    for name, data, mask in texts:
+        gone = f"{1 - mask.mean():.0%} of {len(mask)} bytes deleted" if len(mask) else "no bytes"
+        heads.append((row, name, gone))
+        column = start = 0
+        for character, size in _characters(data):
+            if column + size > columns:
+                row, column = row + 1, 0
+            placed.append((row, column, character, data[start : start + size], mask[start : start + size]))
+            column, start = column + size, start + size
+        row += 1
+    notes = ["filled: kept, empty: deleted"]
+    if any(character not in faces for _, _, character, _, _ in placed):
+        notes.append("hexadecimal: not UTF-8, or no font here has the character")
+
+    gap = font_size
+    canvas = Image.new("RGB", (label + columns * width + 3 * gap, row * line + gap + 2 * font_size), "white")
+    draw = ImageDraw.Draw(canvas)
+    for number, name, gone in heads:
+        top = gap // 2 + number * line
+        draw.text((gap + label, top + font_size // 2), name, _INK, face, anchor="rm")
+        draw.text((gap + label, top + 3 * font_size // 2), gone, "#555555", small, anchor="rm")
+    for number, column, character, data, mask in placed:
+        left, top = 2 * gap + label + column * width, gap // 2 + number * line
+        ink = _INK if mask.any() else "#B0B0B0"
+        bottom = top + math.ceil(1.3 * font_size)
+        shown = _VISIBLE.get(character or "", character or "")
+        if character in faces:
+            middle = left + len(data) * width / 2
+            draw.text((middle, top + 1.05 * font_size), shown, ink, faces[character], anchor="ms")
+        for index, (byte, alive) in enumerate(zip(data, mask, strict=True)):
+            x = left + index * width
+            if character not in faces:
+                draw.text((x + width / 2, top + 1.0 * font_size), f"{byte:02x}", ink, small, anchor="ms")
+            box = (x + (2 if index == 0 else 0), bottom, x + width - (2 if index == len(data) - 1 else 0), bottom + 5)
+            draw.rectangle(box, PALETTE[0] if alive else "white", "#8FA9BD")
+    draw.text((2 * gap + label, row * line + gap), ";  ".join(notes), "#555555", small)
+    return np.asarray(canvas)
+
+
+_DEJAVU = str(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"))
+_VISIBLE = {" ": "\u2423", "\n": "\u21b5", "\t": "\u21e5"}
+
+
+def _characters(data: bytes) -> list[tuple[str | None, int]]:
+    """The characters of a text, each with the number of its bytes; None for a byte that is no UTF-8."""
+    found: list[tuple[str | None, int]] = []
+    start = 0
+    while start < len(data):
+        for size in (1, 2, 3, 4):
+            try:
+                found.append((data[start : start + size].decode(), size))
+                break
+            except UnicodeDecodeError:
+                continue
+        else:
+            found.append((None, 1))
+        start += found[-1][1]
+    return found
+
+
+def _faces(characters: set[str], size: int, fonts: Sequence[str | Path] | None) -> dict[str, ImageFont.FreeTypeFont]:
+    """A font for each character that one has: matplotlib's own first, then as few others as possible are opened."""
+    faces: dict[str, ImageFont.FreeTypeFont] = {}
+    wanted = {character for character in characters if character.isprintable() or character in _VISIBLE}
+    others = map(str, sorted(font_manager.findSystemFonts()) if fonts is None else fonts)
+    for path in itertools.chain((_DEJAVU,), others):
+        if not wanted:
+            break
+        try:
+            known = FT2Font(path).get_charmap()
+            here = {character for character in wanted if ord(_VISIBLE.get(character, character)) in known}
+            face = ImageFont.truetype(path, size) if here else None
+        except (OSError, RuntimeError):  # bitmap fonts, damaged files
+            continue
+        if face is not None:
+            faces |= dict.fromkeys(here, face)
+            wanted -= here
+    return faces
 
 
 # --- plots ------------------------------------------------------------------------------------------------------------
