@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tokjax.data import bytes as by
-from tokjax.data.bytes import CLASSES, ByteTokenizer, byte_classes, decode, encode, to_ids
+from tokjax.data.bytes import CLASSES, ByteTokenizer, byte_classes, decode, encode, show, to_ids
 from tokjax.errors import UserError
 
 TEXTS = ["", "a", "Grüße, Ωμέγα", "你好 नमस्ते", "🙂 ok\n", "x" * 40]
@@ -40,6 +40,10 @@ class TestEncode:
 
     def test_ids_that_are_no_bytes_are_left_out(self):
         assert decode(np.array([0, 1, 2, 100, 259, 383, 5000, -100])) == "a"
+
+    def test_show_marks_what_is_no_text(self):
+        assert show(np.array([100, 258, 101, 257, 1, 198, 172, 1, 0, 300])) == "a<0>b<1></s>é</s>"
+        assert show(np.array([], int)) == ""
 
     def test_errors(self):
         with pytest.raises(ValueError, match="texts must be a list"):

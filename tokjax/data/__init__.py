@@ -1,7 +1,7 @@
 """Images for training and evaluation: `make(config, split, ...)` opens a source and returns a `Loader`.
 
 `sources` reads (`scenes`, `captions` and `dense` more than images and labels), `transforms` and `views` change,
-`loader` batches.
+`loader` batches. Texts for byte-level models have a `make` of their own, `tokjax.data.text.make`.
 """
 
 from collections.abc import Callable, Sequence

@@ -93,6 +93,22 @@ def decode(ids: Int[np.ndarray, " n"]) -> str:
     return to_bytes(ids).decode("utf-8", "replace")
 
 
+def show(ids: Int[np.ndarray, " n"]) -> str:
+    """One row of ids to read: as `decode`, with `</s>` for EOS and `<0>`, `<1>`, ... for sentinels; no pads.
+
+    Raises:
+        ValueError: `ids` are not integers [n].
+    """
+    ids = np.asarray(ids)
+    marks = np.flatnonzero((ids == EOS) | ((ids >= LAST_SENTINEL) & (ids <= FIRST_SENTINEL)))
+    parts, start = [], 0
+    for mark in marks.tolist():
+        name = "</s>" if ids[mark] == EOS else f"<{FIRST_SENTINEL - ids[mark]}>"
+        parts += [decode(ids[start:mark]), name]
+        start = mark + 1
+    return "".join([*parts, decode(ids[start:])])
+
+
 def byte_classes(ids: Int[np.ndarray, "*B N"]) -> Int32[np.ndarray, "*B N"]:
     """The class of each id, a number into `CLASSES`.
 

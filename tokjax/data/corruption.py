@@ -4,6 +4,9 @@ With ByT5's settings (Xue et al. 2022, arXiv 2105.13626, section 3.1): 15 % of t
 Each span that was cut out leaves one sentinel in the input, 258 for the first, then 257 and so on; the target has a
 sentinel for what stayed, and the bytes that were cut out. Both end with EOS. The random draws are those of the
 published pipeline (T5's `random_spans_noise_mask` with numpy), in its order.
+
+Eleven sentinels, 258 to 248, stand for bytes that no UTF-8 text has. More spans than that (an input of 1024 bytes has
+nine) go on with the ids of rare bytes, as published.
 """
 
 from jaxtyping import Bool, Int, Int32

@@ -126,6 +126,7 @@ class SpanCorruption(Task):
 
 _VOWELS, _CONSONANTS = "aeiou", "bcdfghjklmnpqrstvwxyz"
 _LETTERS = string.ascii_letters
+_WORD = 47  # bytes of the longest word that is a target of its own
 _ATTEMPTS = 500  # places tried for what is inserted
 DIAGNOSTICS = ("vowels", "contextual_vowels", "merge")
 
@@ -227,7 +228,7 @@ class Spelling(Task):
         texts: documents.
         length: N, of the input with its errors.
         target: `text`, the whole window; or `word`: one word has an error and stands in brackets, "a [wrod] in it",
-            and the target is that word.
+            and the target is that word, of at most 47 bytes.
         noise: share of the words with an error; of `text`.
 
     Raises:
@@ -242,14 +243,14 @@ class Spelling(Task):
             raise ValueError(f"length must be at least 16, got {length}")
         if not 0 < noise <= 1:
             raise ValueError(f"noise must be above 0 and at most 1, got {noise}")
-        self.length, self.target_length = length, length
+        self.length, self.target_length = length, length if target == "text" else min(length, _WORD + 1)
         self._texts, self._target, self._noise = texts, target, noise
         room = length * 7 // 8 - (2 if target == "word" else 0)
         self._windows = [
             window
             for number, document in enumerate(texts.documents)
             for window in _windows(number, document, room)
-            if target == "text" or _words(document[window.start : window.stop].decode())
+            if target == "text" or _words(document[window.start : window.stop].decode(), _WORD)
         ]
         self.group = np.array([texts.group[window.document] for window in self._windows], np.int32)
         self.groups = texts.groups
@@ -264,7 +265,7 @@ class Spelling(Task):
 
     def _with_errors(self, text: str, rng: np.random.Generator) -> tuple[str, str]:
         """The text with errors, and what the model shall write."""
-        words = _words(text)
+        words = _words(text, _WORD if self._target == "word" else self.length)
         if not words:
             return text, text
         letters = [letter for letter in text if letter.isalpha()]
@@ -314,9 +315,9 @@ def _windows(number: int, document: bytes, room: int) -> list[_Window]:
     return [*windows, _Window(number, start, stop)] if start >= 0 else windows
 
 
-def _words(text: str) -> list[tuple[int, int]]:
-    """Where the words of three letters and more are."""
-    return [match.span() for match in re.finditer(r"[^\W\d_]{3,}", text)]
+def _words(text: str, most: int) -> list[tuple[int, int]]:
+    """Where the words of three letters and more are, those of more than `most` bytes left out."""
+    return [match.span() for match in re.finditer(r"[^\W\d_]{3,}", text) if len(match[0].encode()) <= most]
 
 
 class Classify(Task):
