@@ -223,6 +223,7 @@ def test_a_padded_row_gives_what_the_row_alone_gives_to_several(name):
 
 def _check_padded_rows(name: str) -> None:
     n, (length, prefix) = SHAPE[0], ALONE
+    least = min(2, len(hooks_of(name, SHAPE)))  # some reduce at one place only
 
     @examples(25)
     @given(seed=SEEDS, style=st.sampled_from(SAFE))
@@ -239,7 +240,7 @@ def _check_padded_rows(name: str) -> None:
         alone = program(name)(
             short.replace(position=place.astype(np.int32)), context.replace(frames=context.frames[row, place])
         )
-        assert len(mapped(alone.steps)) > 1, "one plan only"
+        assert len(mapped(alone.steps)) >= least, "too few plans"
         for a, b in zip(alone.steps, beside.steps, strict=True):
             _same_where_valid(a.after, b.after, np.ones((BATCH, length), bool), valid)
 

@@ -47,6 +47,7 @@ class Context(struct.PyTreeNode):
     text: Float[Array, "B T C"] | None = None
     text_valid: Bool[Array, "B T"] | None = None
     frames: Int[Array, "B N"] | None = None  # frame of every token
+    ids: Int[Array, "B N"] | None = None  # of the tokens at the input, in a vocabulary; found again by their position
     image_sizes: Int[Array, "B 2"] | None = None  # height, width in pixels before padding
     relevance: Float[Array, "B h w"] | None = None  # of the patches of an image, told by another model
     boxes: Int[Array, "B 2 4"] | None = None  # top, left, height, width in pixels: of the input; of `relevance`

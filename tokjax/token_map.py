@@ -115,7 +115,8 @@ class HardMap(struct.PyTreeNode):
 
         def row(keep, moved, into):
             slots = jnp.full(self.num_in, m, jnp.int32)
-            return slots.at[moved].set(into, mode="drop").at[keep].set(jnp.arange(m, dtype=jnp.int32), mode="drop")
+            slots = slots.at[moved].set(into, mode="drop")
+            return slots.at[keep].min(jnp.arange(m, dtype=jnp.int32), mode="drop")  # the first of equal ones
 
         return jax.vmap(row)(self.keep, self.moved, self.into.astype(jnp.int32))
 
@@ -352,6 +353,7 @@ class Plan(struct.PyTreeNode):
     proportional: bool | None = struct.field(pytree_node=False, default=None)  # from here on; None: as it was
     key_bias: Float[Array, "B M"] | None = None  # of the output tokens, replaces theirs
     gate: Float[Array, "B M"] | None = None  # the same for their gates
+    position: Int[Array, "B M *d"] | None = None  # and for their positions
     x: Float[Array, "B N C"] | None = None  # moved in place of the tokens' own features (normalised, gated)
     append: Tokens | None = None  # put behind the output: caches, restored tokens
     carry: Mapping[str, Any] | None = None  # merged into tokens.carry
@@ -380,6 +382,8 @@ def apply(plan: Plan, tokens: Tokens) -> Tokens:
         tokens = tokens.replace(key_bias=plan.key_bias)
     if plan.gate is not None:
         tokens = tokens.replace(gate=plan.gate)
+    if plan.position is not None:
+        tokens = tokens.replace(position=plan.position)
     if plan.carry is not None:
         tokens = tokens.replace(carry={**tokens.carry, **plan.carry})
     return tokens

@@ -15,6 +15,7 @@ import pytest
 
 from tokjax.errors import UserError
 from tokjax.train.checkpoints import Checkpoints
+from tokjax.train.controllers import PI
 from tokjax.train.loop import TERMINATED, prefetch, train
 from tokjax.train.metrics import read_metrics
 from tokjax.train.state import Teacher
@@ -57,6 +58,7 @@ def run(
     loader=None,
     evaluate=tiny_run.evaluate,
     teacher=None,
+    controller=None,
     **changes,
 ):
     return train(
@@ -67,6 +69,7 @@ def run(
         train_loader=loader or tiny_run.Points(),
         evaluate=evaluate,
         teacher=teacher,
+        controller=controller,
     )
 
 
@@ -149,15 +152,18 @@ class Dies(tiny_run.Points):
         return reader
 
 
-def test_a_teacher_goes_on_where_it_was(tmp_path):
-    def loss(params, batch, key, teacher):
+def test_a_teacher_and_a_controller_go_on_where_they_were(tmp_path):
+    def loss(params, batch, key, teacher, weight):
         value, metrics = tiny_run.loss_fn(params, batch, key)
         target = tiny_run.forward({"blocks": teacher, "head": params["head"]}, batch["image"])
-        return value + ((tiny_run.forward(params, batch["image"]) - target) ** 2).mean(), metrics
+        value += ((tiny_run.forward(params, batch["image"]) - target) ** 2).mean()
+        size = jnp.abs(params["head"]["bias"])
+        return value - weight * size.sum(), {**metrics, "large": (size > 0.05).sum(), "all": size.size}
 
     options: dict = {
         "loss_fn": loss,
         "teacher": Teacher(lambda params: params["blocks"], 0.5, total_steps=10),
+        "controller": PI(target=0.9, k_i=0.1, delay=2, counts=("large", "all")),
         "evaluate": None,
         "total_steps": 10,
         "checkpoint_every": 4,
@@ -172,6 +178,8 @@ def test_a_teacher_goes_on_where_it_was(tmp_path):
     assert curve(tmp_path / "torn") == curve(tmp_path / "whole")
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), whole.teacher, tiny_run.init_params()["blocks"])
     assert min(jax.tree.leaves(moved)) > 0
+    weights = [row["train/weight"] for row in curve(tmp_path / "whole") if "train/weight" in row]
+    assert weights[:3] == [0, 0, 0] and min(weights[3:]) > 0 and whole.controller.integral > 0
 
 
 class Poisoned(tiny_run.Points):

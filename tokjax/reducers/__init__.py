@@ -19,6 +19,7 @@ from tokjax.hooks import ModelInfo, Reducer
 from tokjax.reducers.chain import Chain, levels
 from tokjax.reducers.diffusion.tomesd import ToMeSD
 from tokjax.reducers.diffusion.tomesd import rates as merge_rates
+from tokjax.reducers.llm.mrt5 import MrT5
 from tokjax.reducers.vit.aclip import AClip, super_patch
 from tokjax.reducers.vit.ats import ATS
 from tokjax.reducers.vit.clca import CLCA
@@ -135,6 +136,10 @@ def _masking_rates(info: ModelInfo) -> list[float]:
     return [rate if int(total * rate) == k else math.nextafter(rate, 1) for k, rate in rates]
 
 
+def _slots(info: ModelInfo) -> list[int]:
+    return list(range(1, info.length - info.prefix + 1))
+
+
 KEEP_RATE = Knob("keep_rate", "(0, 1], lower is cheaper", _rates)
 TABLED_RATE = Knob("keep_rate", "(0, 1], to the power of the location, lower is cheaper", _tabled_rates)
 MERGING_RATE = Knob("keep_rate", "[0.5, 1], lower is cheaper", _merging_rates)
@@ -142,6 +147,7 @@ STRENGTH = Knob("strength", "at least 0, higher is cheaper", strengths)
 RINGS = Knob("keep_rate", TABLED_RATE.range, _ring_rates)
 REMOVED_BUT_ONE = Knob("r", "0 to all patches but one, higher is cheaper", _all_but_one, _one_more_in_some)
 PROPAGATED = Knob("propagated", "0 to all patches but one, higher is cheaper", _all_but_one)
+CAPACITY = Knob("capacity", "1 to all tokens, lower is cheaper", _slots)
 REMOVED = Knob("r", "0 to half of the patches, higher is cheaper", _removed, _one_more_in_some)
 
 
@@ -414,6 +420,19 @@ REGISTRY: dict[str, Entry] = {
             "knob": "what is cached comes back, so that at a high keep rate there are more tokens than at the input",
             "model": "sequences grow again behind every reduction",
         },
+    ),
+    "mrt5": Entry(
+        make=MrT5,
+        kind="prune",
+        paper="Kallini et al., MrT5, ICLR 2025",
+        needs=("features",),
+        knob=CAPACITY,
+        neutral={"threshold": -31.0},
+        length="dynamic",
+        learned=True,
+        training={"hard": False},
+        losses=("gate",),
+        example={"layer": 2},
     ),
     "random": Entry(
         make=Random,

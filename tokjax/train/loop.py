@@ -25,6 +25,7 @@ from tokjax.errors import UserError
 from tokjax.train import optimisers
 from tokjax.train.checkpoints import Checkpoints, DataState
 from tokjax.train.config import TrainConfig
+from tokjax.train.controllers import Controller
 from tokjax.train.metrics import MetricsWriter
 from tokjax.train.state import Batch, LossFn, Metrics, Teacher, TrainState, make_step
 
@@ -103,6 +104,7 @@ def train(
     evaluate: Callable[[Any], Mapping[str, Any]] | None = None,
     place_batch: Callable[[Batch], Batch] | None = None,
     teacher: Teacher | None = None,
+    controller: Controller | None = None,
     constrain: Callable[[Any], Any] | None = None,
     state_sharding: Callable[[TrainState], Any] | None = None,
 ) -> TrainState:
@@ -121,6 +123,7 @@ def train(
         evaluate: params -> a dict of scalars; given the moving average where there is one. It keeps no reference.
         place_batch: puts a batch on the device or devices; None: the first device (a CPU reads it where it is).
         teacher: a moving average that the loss gets as its fourth argument; see `Teacher`.
+        controller: steers a weight that the loss gets as its last argument; see `tokjax.train.controllers`.
         constrain: params -> params, after every update; see `make_step`.
         state_sharding: from a TrainState of shapes to the same tree of shardings; None: the first device.
 
@@ -140,7 +143,7 @@ def train(
 
     def fresh(params: Any) -> TrainState:
         key, average = jax.random.key(cfg.seed), cfg.ema_decay is not None
-        return TrainState.create(params, optimiser, key, ema=average, teacher=teacher)
+        return TrainState.create(params, optimiser, key, ema=average, teacher=teacher, controller=controller)
 
     target = jax.eval_shape(fresh, init_params)
     sharding = None if state_sharding is None else state_sharding(target)
@@ -153,6 +156,7 @@ def train(
             accumulate=cfg.optimiser.accumulate,
             frozen=frozen if any(jax.tree.leaves(frozen)) else None,
             teacher=teacher,
+            controller=controller,
             constrain=constrain,
             state_sharding=sharding,
         )

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 import optax
 
 from tokjax.errors import UserError
+from tokjax.train.controllers import Controller
 
 Batch = Mapping[str, Any]
 Metrics = dict[str, Any]  # scalars by name, and new moving statistics under STATISTICS
@@ -62,6 +63,7 @@ class TrainState:
         skipped: steps without finite gradients so far.
         bad: how many of those came last, without a finite one since.
         teacher: moving average of a part of params that the loss reads, or None.
+        controller: state of what steers a weight of the loss, or None.
     """
 
     step: Int[Array, ""]
@@ -72,6 +74,7 @@ class TrainState:
     skipped: Int[Array, ""]
     bad: Int[Array, ""]
     teacher: PyTree[Array] | None = None
+    controller: PyTree[Array] | None = None
 
     @classmethod
     def create(
@@ -82,6 +85,7 @@ class TrainState:
         *,
         ema: bool = False,
         teacher: Teacher | None = None,
+        controller: Controller | None = None,
     ) -> Self:
         """A state at step 0 that owns its arrays: a step gives its memory away, the caller's params stay usable.
 
@@ -91,6 +95,7 @@ class TrainState:
             key: a typed key (`jax.random.key`).
             ema: whether to carry a moving average.
             teacher: the teacher to carry, which starts as its part of `params`.
+            controller: the controller whose state to carry.
 
         Raises:
             ValueError: a key of the old, untyped kind.
@@ -106,7 +111,8 @@ class TrainState:
         step, skipped, bad = (jnp.zeros((), jnp.int32) for _ in range(3))
         average = jax.tree.map(jnp.copy, params) if ema else None
         follower = None if teacher is None else jax.tree.map(jnp.copy, teacher.of(params))
-        return cls(step, params, optimiser.init(params), average, jnp.copy(key), skipped, bad, follower)
+        steered = None if controller is None else controller.init()
+        return cls(step, params, optimiser.init(params), average, jnp.copy(key), skipped, bad, follower, steered)
 
     @property
     def eval_params(self) -> PyTree[Array]:
@@ -140,6 +146,7 @@ def make_step(
     accumulate: int = 1,
     frozen: PyTree[bool] | None = None,
     teacher: Teacher | None = None,
+    controller: Controller | None = None,
     constrain: Callable[[PyTree[Array]], PyTree[Array]] | None = None,
     state_sharding: Any = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
@@ -159,12 +166,15 @@ def make_step(
             Moving statistics are averaged too: each part starts from those before the step.
         frozen: a bool per parameter, as from `optimisers.frozen`: their gradients are not computed.
         teacher: what the state's `teacher` is; the loss gets it as a fourth argument. A skipped step leaves it.
+        controller: what the state's `controller` is of; the loss gets its weight as the last argument, behind that of a
+            teacher. It moves once per step, with the averaged metrics; a skipped step leaves it.
         constrain: params -> params, after every update: keeps some of them in their range.
         state_sharding: of the returned state, one Sharding or a tree of them; None: up to the compiler.
 
     Returns:
         step(state, batch) -> (state, metrics). `metrics` has loss_fn's and `loss`, `grad_norm` (before clipping, of
-        what is trained), `skipped` and `bad`, all still on the device.
+        what is trained), `skipped` and `bad`, and with a controller `weight` and what it reports, all still on the
+        device.
 
     Raises:
         UserError: when first called with a batch that does not divide into `accumulate` parts.
@@ -203,7 +213,8 @@ def make_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
-        beside = () if teacher is None else (state.teacher,)
+        weight = None if controller is None else controller.weight(state.controller, state.step)
+        beside = [x for x, has in ((state.teacher, teacher), (weight, controller)) if has is not None]
         (loss, metrics), grads = gradients(state.params, batch, key, *beside)
         metrics = dict(metrics)
         statistics = metrics.pop(STATISTICS, {})
@@ -223,16 +234,21 @@ def make_step(
         if teacher is not None:
             momentum = teacher.momentum_at(state.step + 1)
             follower = jax.tree.map(lambda t, p: t + (1.0 - momentum) * (p - t), follower, teacher.of(params))
-        new = params, opt_state, ema, follower
-        old = state.params, state.opt_state, state.ema, state.teacher
-        params, opt_state, ema, follower = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+        steered = state.controller
+        if controller is not None:
+            steered = controller.update(steered, metrics, state.step)
+        new = params, opt_state, ema, follower, steered
+        old = state.params, state.opt_state, state.ema, state.teacher, state.controller
+        params, opt_state, ema, follower, steered = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
         skipped = state.skipped + ~finite
         bad = jnp.where(finite, 0, state.bad + 1)
         ours = {"loss": loss, "grad_norm": grad_norm, "skipped": skipped, "bad": bad}
+        if controller is not None:
+            ours |= {"weight": weight, **controller.report(metrics)}
         if taken := sorted(ours.keys() & metrics.keys()):
             raise ValueError(f"loss_fn's metrics have {taken[0]!r}, which the step reports itself")
-        after = TrainState(state.step + 1, params, opt_state, ema, state.key, skipped, bad, follower)
+        after = TrainState(state.step + 1, params, opt_state, ema, state.key, skipped, bad, follower, steered)
         return after, ours | metrics
 
     if state_sharding is None:

@@ -1,0 +1,1 @@
+"""Reducers for language models, one file a method."""
