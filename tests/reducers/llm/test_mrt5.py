@@ -206,7 +206,8 @@ def test_scores_are_read_in_all_attention_that_has_the_gate():
     [
         ({"layer": 4}, "layer=4: must be in 0 to 3"),
         ({"scale": 0.0}, "scale=0.0: must be below 0"),
-        ({"capacity": 0}, "capacity=0: must be at least 1"),
+        ({"capacity": 0}, "capacity=0: must be a whole number of at least 1"),
+        ({"capacity": 0.6}, "capacity=0.6: must be a whole number"),
         ({"target": 1.0}, r"target=1.0: must be in \(0, 1\)"),
         ({"loss_weight": np.nan}, "loss_weight=nan: must be at least 0 and finite"),
         ({"scores": -1.0}, "scores=-1.0: must be at least 0"),

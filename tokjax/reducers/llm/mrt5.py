@@ -88,7 +88,7 @@ class MrT5(nnx.Module):
 
     Args:
         info: of the model.
-        layer: block before which tokens go: after so many layers, at most the model's last block; the paper's 3 of 12.
+        layer: block before which tokens go, after so many; None: the paper's 3, or a quarter of fewer than 12 blocks.
         hard: whether to delete; else to bias, for training.
         scale: of the gate, below 0.
         threshold: gates at or below it are deleted; None: half of the scale. Below the scale nothing is.
@@ -110,7 +110,7 @@ class MrT5(nnx.Module):
     def __init__(
         self,
         info: ModelInfo,
-        layer: int = 3,
+        layer: int | None = None,
         hard: bool = True,
         scale: float = SCALE,
         threshold: float | None = None,
@@ -124,12 +124,14 @@ class MrT5(nnx.Module):
         compat: Compat = "positions",
         seed: int = 0,
     ):
+        if layer is None:
+            layer = min(3, max(1, info.depth // 4), info.depth - 1)
         if not 0 <= layer < info.depth:
             raise ValueError(f"layer={layer}: must be in 0 to {info.depth - 1}, the blocks of this model")
         if not -math.inf < scale < 0:
             raise ValueError(f"scale={scale}: must be below 0 and finite")
-        if capacity is not None and capacity < 1:
-            raise ValueError(f"capacity={capacity}: must be at least 1")
+        if capacity is not None and (capacity < 1 or capacity != int(capacity)):
+            raise ValueError(f"capacity={capacity}: must be a whole number of at least 1")
         if target is not None and not 0 < target < 1:
             raise ValueError(f"target={target}: must be in (0, 1)")
         for name, weight in (("loss_weight", loss_weight), ("scores", scores)):
