@@ -18,8 +18,8 @@ from tokjax import reducers, token_map
 from tokjax.bench import flops
 from tokjax.errors import UserError
 from tokjax.hooks import Hook, ModelInfo, Reducer, check
-from tokjax.models import layers
 from tokjax.models.dual import DualConfig, DualOutput, unit
+from tokjax.models.t5 import T5, T5Config
 from tokjax.models.text import Text, TextConfig
 from tokjax.models.transformer import Blocks, LayerTrace, Output, skeleton
 from tokjax.models.vit import Patches, ViT, ViTConfig
@@ -31,7 +31,7 @@ from tokjax.writing import whole_folder, write_whole
 Family = Literal["hf", "timm"]
 Tower = Literal["vision", "text"]
 Place = jax.sharding.Sharding | Callable[[tuple[str | int, ...], tuple[int, ...]], jax.sharding.Sharding]
-MODULES: dict[type, Any] = {ViTConfig: ViT, TextConfig: Text}
+MODULES: dict[type, Any] = {ViTConfig: ViT, TextConfig: Text, T5Config: T5}
 
 
 class Trace(struct.PyTreeNode):
@@ -94,8 +94,8 @@ class Model:
             learn.
         config: of the module.
         methods: the reducers, in the order in which they were added.
-        preprocess: from PIL images or uint8 arrays (texts for a text encoder) to the input; None for a model made
-            without.
+        preprocess: from PIL images or uint8 arrays (texts for a text encoder) to the input, from texts to ids for a
+            T5; None for a model made without.
         form: how hard maps are applied, see `tokjax.token_map.apply_form`.
     """
 
@@ -169,6 +169,8 @@ class Model:
 
     def __call__(self, inputs: PyTree, *, key: Array | None = None, trace: bool = False):
         """Logits [B, classes] of normalised images, the features [B, E] of texts; with `trace`, also a `Trace`.
+
+        A T5 takes a `Seq2Seq` and gives logits [B, T, V]; `tokjax.generate` goes on with texts.
 
         Args:
             inputs: as `preprocess` gives them: images [B, height, width, channels], `Patches`, or ids [B, T].
@@ -440,14 +442,14 @@ def _scale_and_bias(temperature: Mapping[str, Array]) -> tuple[Array, Array | No
 
 
 @overload
-def build(config: ViTConfig | TextConfig, seed: int = 0, *, preprocess: Any = None) -> Model: ...
+def build(config: ViTConfig | TextConfig | T5Config, seed: int = 0, *, preprocess: Any = None) -> Model: ...
 @overload
 def build(config: DualConfig, seed: int = 0, *, preprocess: Any = None, tokenizer: Any = None) -> DualModel: ...
 def build(config: Any, seed: int = 0, *, preprocess: Any = None, tokenizer: Any = None) -> Any:
     """A model with random weights.
 
     Args:
-        config: of a ViT, a text encoder, or both.
+        config: of a ViT, a text encoder, both, or a T5.
         seed: of the weights.
         preprocess: from images (for a text encoder: from texts) to the input.
         tokenizer: from texts to ids, of the two-tower model.
@@ -508,7 +510,8 @@ def load(
         return Model(nnx.merge(graph, params), preprocess=preprocess, family=side)
 
     if not isinstance(config, DualConfig):
-        return _with_saved_reducers(model(config, params, checkpoint.preprocess), local / REDUCERS)
+        preprocess = checkpoint.tokenizer if isinstance(config, T5Config) else checkpoint.preprocess
+        return _with_saved_reducers(model(config, params, preprocess), local / REDUCERS)
     dual = DualModel(
         model(config.vision, params["vision"], checkpoint.preprocess),
         model(config.text, params["text"], checkpoint.tokenizer),
@@ -618,23 +621,22 @@ def save(model: Model | DualModel, folder: str | Path, *, dtype: str = "float32"
         raise ValueError("model is a text encoder alone; save the DualModel that it belongs to")
     text = _reducers_text(parts)
     trees = {tower: dict(part.params["model"]) for tower, part in parts.items()}
-    for tower, each in parts.items():
-        if each.config.scan:
-            trees[tower]["blocks"] = layers.unstack(trees[tower]["blocks"])
     if isinstance(model, DualModel):
         towers: dict[str, Any] = {t: dataclasses.replace(each.config, scan=False) for t, each in parts.items()}
         config, params = dataclasses.replace(model.config, **towers), {**model.params, **trees}
         family = model.vision.family
     else:
         config, params, family = dataclasses.replace(model.config, scan=False), trees[""], model.family
-    tokenizer = model.tokenizer if isinstance(model, DualModel) else None
+    preprocess, tokenizer = model.preprocess, model.tokenizer if isinstance(model, DualModel) else None
+    if isinstance(config, T5Config):
+        preprocess, tokenizer = None, preprocess
     learned = {
         tower + jax.tree_util.keystr(key): np.asarray(leaf)
         for tower, part in parts.items()
         for key, leaf in jax.tree.leaves_with_path(part.params.get("reducers", {}))
     }
     with whole_folder(folder, NAMES) as staged:
-        write_checkpoint(staged, config, params, model.preprocess, family, tokenizer, dtype)
+        write_checkpoint(staged, config, params, preprocess, family, tokenizer, dtype)
         if learned:
             write_whole(staged / REDUCER_WEIGHTS, lambda path: save_file(learned, path))
         if model.methods:

@@ -446,6 +446,8 @@ class Stack(Blocks):
 class T5(nnx.Module):
     """An encoder-decoder whose encoder reducers may reduce; the decoder attends to the tokens that they leave."""
 
+    depths: ClassVar[tuple[str, ...]] = ("depth", "decoder_depth")
+
     def __init__(self, cfg: T5Config, *, rngs: nnx.Rngs):
         self.cfg = cfg
         init = _normal(cfg.width**-0.5)
@@ -453,6 +455,12 @@ class T5(nnx.Module):
         self.encoder, self.decoder = Stack(cfg.encoder, rngs=rngs), Stack(cfg.decoder, rngs=rngs)
         if not cfg.tied:
             self.head = _linear(cfg, cfg.width, cfg.vocab_size, init, rngs)
+
+    def deepen(self, cfg: T5Config) -> None:
+        """See `transformer.skeleton`."""
+        self.cfg = cfg
+        self.encoder.deepen(cfg.encoder)
+        self.decoder.deepen(cfg.decoder)
 
     def __call__(
         self,

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import math
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, ClassVar, Literal, Protocol, get_args
 
 from flax import nnx, struct
 import jax
@@ -244,8 +244,14 @@ class Ran(struct.PyTreeNode):
 class Blocks(nnx.Module):
     """A model with `blocks`, unrolled, or stored stacked and scanned where no hook stands in a long run."""
 
+    depths: ClassVar[tuple[str, ...]] = ("depth",)  # fields of the config that count blocks
+
     blocks: Any
     cfg: Any
+
+    def deepen(self, cfg: Any) -> None:
+        """See `skeleton`."""
+        deepen(self, cfg)
 
     def _make_blocks(self, cfg: Any, rngs: nnx.Rngs, kind: Callable[..., Block] = Block) -> None:
         blocks = [kind(cfg, rngs=rngs) for _ in range(cfg.depth)]
@@ -334,10 +340,16 @@ def _stacked(blocks: list[Block]) -> Block:
     return nnx.merge(graphdef, jax.tree.map(lambda *leaves: jnp.stack(leaves), *states))
 
 
-def skeleton(kind: Callable[..., Blocks], cfg: Any) -> Blocks:
+def skeleton(kind: Any, cfg: Any) -> Any:
     """The module of a config with shapes for parameters, at once whatever its depth: its blocks are all alike."""
-    plain = dataclasses.replace(cfg, depth=1, scan=False)
+    plain = dataclasses.replace(cfg, **dict.fromkeys(kind.depths, 1), scan=False)
     module = nnx.eval_shape(lambda: kind(plain, rngs=nnx.Rngs(0)))
+    module.deepen(cfg)
+    return module
+
+
+def deepen(module: Blocks, cfg: Any) -> None:
+    """Gives a module of shapes that has one block those of `cfg`."""
     graphdef, state = nnx.split(module.blocks[0])
     if cfg.scan:
         deep = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((cfg.depth, *leaf.shape), leaf.dtype), state)
@@ -346,7 +358,6 @@ def skeleton(kind: Callable[..., Blocks], cfg: Any) -> Blocks:
         params = nnx.to_pure_dict(state)  # of its own for every block
         module.blocks = nnx.List([nnx.merge(graphdef, params) for _ in range(cfg.depth)])
     module.cfg = cfg
-    return module
 
 
 def mlp_macs(cfg: BlockConfig) -> int:

@@ -1,4 +1,4 @@
-"""Loads and saves encoders as timm, Hugging Face, OpenAI and others publish them, without torch.
+"""Loads and saves encoders, and T5's with their decoders, as Hugging Face, timm, OpenAI and others publish them.
 
     checkpoint = load_checkpoint("facebook/deit-small-patch16-224")
     pixels = checkpoint.preprocess([Image.open("cat.jpg")])
@@ -20,9 +20,12 @@ from flax import nnx
 import numpy as np
 from safetensors.numpy import save_file
 
+from tokjax.data.bytes import VOCABULARY as BYTES
+from tokjax.data.bytes import ByteTokenizer
 from tokjax.errors import UserError
 from tokjax.models.dual import DualConfig
 from tokjax.models.layers import unstack
+from tokjax.models.t5 import T5, T5Config
 from tokjax.models.text import Text, TextConfig
 from tokjax.models.transformer import skeleton
 from tokjax.models.vit import ViT, ViTConfig
@@ -60,7 +63,7 @@ class Checkpoint:
     params: dict[str, Any]
     preprocess: Preprocess | Naflex | None
     source: dict[str, Any]
-    tokenizer: Tokenizer | None = None
+    tokenizer: Tokenizer | ByteTokenizer | None = None
 
     @property
     def family(self) -> str:
@@ -71,29 +74,31 @@ class Checkpoint:
 def shapes(config: Config) -> dict[str, Any]:
     """The parameter tree of a model with shapes for leaves, blocks unstacked."""
 
-    def tree(kind: Any, tower: ViTConfig | TextConfig) -> dict[str, Any]:
+    def tree(kind: Any, tower: ViTConfig | TextConfig | T5Config) -> dict[str, Any]:
         module = skeleton(kind, dataclasses.replace(tower, scan=False))
         return nnx.to_pure_dict(nnx.state(module, nnx.Param))
 
     if isinstance(config, ViTConfig):
         return tree(ViT, config)
+    if isinstance(config, T5Config):
+        return tree(T5, config)
     scalars = ["logit_scale"] + ["logit_bias"] * (config.logit_bias is not None)
     both = {"vision": tree(ViT, config.vision), "text": tree(Text, config.text)}
     return {**both, **dict.fromkeys(scalars, np.empty((), np.float32))}
 
 
-def vision_of(config: Config) -> ViTConfig:
+def vision_of(config: ViTConfig | DualConfig) -> ViTConfig:
     """The image tower, or the whole model."""
     return config.vision if isinstance(config, DualConfig) else config
 
 
-def _with_vision(config: Config, vision: ViTConfig) -> Config:
+def _with_vision(config: ViTConfig | DualConfig, vision: ViTConfig) -> ViTConfig | DualConfig:
     return dataclasses.replace(config, vision=vision) if isinstance(config, DualConfig) else vision
 
 
 def _with_both(config: Config, **changes: Any) -> Config:
     """The configuration with changes that go for every tower."""
-    if isinstance(config, ViTConfig):
+    if not isinstance(config, DualConfig):
         return dataclasses.replace(config, **changes)
     towers = {name: dataclasses.replace(getattr(config, name), **changes) for name in ("vision", "text")}
     return dataclasses.replace(config, **towers)
@@ -107,7 +112,7 @@ def load_checkpoint(
     scan: bool = False,
     place: names.Place | None = None,
 ) -> Checkpoint:
-    """Loads an encoder, or the two of an image-text model.
+    """Loads an encoder, the two of an image-text model, or a T5.
 
     Args:
         path_or_id: a folder, a file (safetensors, torch pickles and archives, `.npz`), or a hub id ("user/name",
@@ -137,6 +142,19 @@ def load_checkpoint(
     except _WRONG_VALUES as error:
         raise _of(found.path, error) from error
     config = _with_both(stored, scan=scan, **({} if dtype is None else {"dtype": dtype}))
+    source = {"path": str(found.path), "config": found.config, "family": family.side, "format": family.name}
+
+    def read(put: names.Place | None) -> dict[str, Any]:
+        try:
+            return names.read_tree(leaves, tree, tensors, stored, stacked=scan, place=put)
+        except UserError as error:
+            raise _of(found.path, error) from error
+
+    if isinstance(config, T5Config):
+        if image_size is not None:
+            raise ValueError(f"image_size={image_size}: must be None for a model of texts")
+        return Checkpoint(config, read(place), None, source, _tokenizer(found, config.length, config.vocab_size))
+    assert not isinstance(stored, T5Config)
     if image_size is not None:
         config = _at_size(config, (image_size, image_size) if isinstance(image_size, int) else image_size)
     old, new = vision_of(stored), vision_of(config)
@@ -152,16 +170,12 @@ def load_checkpoint(
             preprocess = family.preprocess(found.config, found.processor, new)
     except _WRONG_VALUES as error:
         raise _of(found.path, error) from error
-    try:
-        params = names.read_tree(leaves, tree, tensors, stored, stacked=scan, place=put)
-    except UserError as error:
-        raise _of(found.path, error) from error
+    params = read(put)
     if preprocess is not None and len(preprocess.mean) != new.channels:
         preprocess = None
     if isinstance(preprocess, Preprocess):
         preprocess = preprocess.at(new.image_size)
-    source = {"path": str(found.path), "config": found.config, "family": family.side, "format": family.name}
-    tokenizer = _tokenizer(found.tokenizer, config) if isinstance(config, DualConfig) else None
+    tokenizer = _tokenizer(found, config.text.length) if isinstance(config, DualConfig) else None
     return Checkpoint(config, params, preprocess, source, tokenizer)
 
 
@@ -174,18 +188,21 @@ def _of(path: Path, error: Exception) -> UserError:
     return UserError(f"{path}: {kind}{error}")
 
 
-def _tokenizer(folder: Path | None, config: DualConfig) -> Tokenizer | None:
-    """The tokenizer beside a model; one that cannot be read is no reason to do without the model."""
-    if folder is None:
-        return None
+def _tokenizer(found: files.Files, length: int, vocabulary: int = 0) -> Tokenizer | ByteTokenizer | None:
+    """The tokenizer beside a model; one that cannot be read is no reason to do without the model.
+
+    ByT5's has no file of its own: its vocabulary tells where there is none.
+    """
+    if found.tokenizer is None:
+        return ByteTokenizer(length) if vocabulary == BYTES else None
     try:
-        return Tokenizer.load(folder, length=config.text.length)
+        return Tokenizer.load(found.tokenizer, length=length)
     except UserError as error:
         warnings.warn(f"The model has no tokenizer: {error}", stacklevel=3)
         return None
 
 
-def _at_size(config: Config, size: tuple[int, int]) -> Config:
+def _at_size(config: ViTConfig | DualConfig, size: tuple[int, int]) -> ViTConfig | DualConfig:
     vision = vision_of(config)
     if vision.position == "naflex":
         return config
@@ -213,6 +230,8 @@ def _understand(
 
 def _config(fields: dict[str, Any]) -> Config:
     """The inverse of `dataclasses.asdict`."""
+    if "decoder_depth" in fields:
+        return _fields(T5Config, fields)
     if "vision" not in fields:
         return _fields(ViTConfig, fields)
     towers = {"vision": _fields(ViTConfig, fields["vision"]), "text": _fields(TextConfig, fields["text"])}
@@ -282,7 +301,7 @@ def write_checkpoint(
     rows = form.naming(config)
     tensors = names.write_tree(rows, shapes(config), _unstacked(params), config)
     tensors |= {name: np.zeros(shape, np.float32) for name, shape in form.blank(config).items()}
-    if form.prefix and vision_of(config).num_classes:
+    if form.prefix and not isinstance(config, T5Config) and vision_of(config).num_classes:
         heads = tuple(rows[head].files[0] + "." for head in ("head", "head_dist") if head in rows)
         tensors = {name if name.startswith(heads) else form.prefix + name: value for name, value in tensors.items()}
     tensors = {name: tensor.astype(DTYPES[dtype], copy=False) for name, tensor in tensors.items()}
@@ -302,9 +321,12 @@ def write_checkpoint(
     _write_json(folder / files.CONFIG, {**form.describe(config, preprocess), _KEY: own})
 
 
+_TOWERS = ("vision", "text", "encoder", "decoder")
+
+
 def _unstacked(params: Mapping[str, Any]) -> dict[str, Any]:
     """The tree, or its towers, with blocks one by one."""
-    tree = {name: _unstacked(part) if name in ("vision", "text") else part for name, part in params.items()}
+    tree = {name: _unstacked(part) if name in _TOWERS else part for name, part in params.items()}
     if "attn" in tree.get("blocks", ()):
         tree["blocks"] = unstack(tree["blocks"])
     return tree

@@ -30,12 +30,13 @@ import numpy as np
 
 from tokjax.errors import UserError
 from tokjax.models.dual import DualConfig
+from tokjax.models.t5 import T5Config
 from tokjax.models.vit import ViTConfig
 from tokjax.pretrained.stored import check_float, forget
 
 Kind = Literal["linear", "in_proj", "matrix", "patch", "norm", "array", "vector", "rows", "one", "positions"]
 Path = tuple[str | int, ...]
-Config = ViTConfig | DualConfig
+Config = ViTConfig | DualConfig | T5Config
 Place = Callable[[Path, np.ndarray], Any]
 
 _ROWS = 64  # transposed at a time: twice as fast as a whole matrix, whose columns lie too far apart
@@ -182,6 +183,7 @@ class Leaf:
 
 
 def _vision(config: Config) -> ViTConfig:
+    assert not isinstance(config, T5Config)  # which has no images
     return config.vision if isinstance(config, DualConfig) else config
 
 

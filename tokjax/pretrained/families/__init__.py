@@ -10,11 +10,13 @@ One `Family` a naming; a new one is a table of names, a few functions and a plac
 | `clip` | `clip`, `clip_vision_model`; OpenAI's names | Hugging Face, OpenAI, OpenCLIP |
 | `open_clip` | a tower of timm and a text encoder | OpenCLIP's SigLIP |
 | `siglip` | `siglip`, `siglip2` and their vision towers | Hugging Face |
+| `t5` | `t5` (1.0, 1.1, ByT5), `mt5` | Hugging Face |
 | `dino` | `dinov2`, `dinov2_with_registers`, `dinov3_vit`; their authors' names | Hugging Face, facebookresearch |
 """
 
 from tokjax.errors import UserError
 from tokjax.models.dual import DualConfig
+from tokjax.models.t5 import T5Config
 from tokjax.pretrained.families.augreg import AUGREG
 from tokjax.pretrained.families.base import SIDES, Family, Json
 from tokjax.pretrained.families.clip import HF_CLIP, HF_CLIP_VISION, OPENAI_CLIP
@@ -28,6 +30,7 @@ from tokjax.pretrained.families.dino import (
 )
 from tokjax.pretrained.families.open_clip import OPEN_CLIP
 from tokjax.pretrained.families.siglip import HF_SIGLIP, HF_SIGLIP2, HF_SIGLIP2_VISION, HF_SIGLIP_VISION
+from tokjax.pretrained.families.t5 import HF_MT5, HF_T5
 from tokjax.pretrained.families.timm import TIMM, TIMM_EVA
 from tokjax.pretrained.families.vit import HF_DEIT, HF_MAE, HF_VIT
 from tokjax.pretrained.names import Config, Readable
@@ -37,6 +40,7 @@ _HUGGING_FACE = (
     *(HF_CLIP, HF_CLIP_VISION),
     *(HF_SIGLIP, HF_SIGLIP_VISION, HF_SIGLIP2, HF_SIGLIP2_VISION),
     *(HF_DINOV2, HF_DINOV2_REGISTERS, HF_DINOV3),
+    *(HF_T5, HF_MT5),
 )
 _OTHERS = (AUGREG, OPENAI_CLIP, OPEN_CLIP, DINOV2_UPSTREAM, DINOV2_UPSTREAM_REGISTERS, DINOV3_UPSTREAM)
 FAMILIES: dict[str, Family] = {family.name: family for family in (TIMM, TIMM_EVA, *_HUGGING_FACE, *_OTHERS)}
@@ -44,6 +48,7 @@ FAMILIES: dict[str, Family] = {family.name: family for family in (TIMM, TIMM_EVA
 # Tensors by which files without a configuration are told apart: all of these, in the order of the rows.
 _MARKS: tuple[tuple[tuple[str, ...], Family], ...] = (
     (("embedding/kernel",), AUGREG),
+    (("encoder.block.0.layer.0.SelfAttention.q.weight", "decoder.final_layer_norm.weight"), HF_T5),
     (("visual.class_embedding",), OPENAI_CLIP),
     (("visual.trunk.patch_embed.proj.weight",), OPEN_CLIP),
     (("patch_embed.proj.weight", "storage_tokens"), DINOV3_UPSTREAM),
@@ -89,7 +94,7 @@ def recognise(config: Json, tensors: Readable) -> Family:
 def to_save(model: Config, side: str) -> Family:
     """The family to save a model as: one that can express it, on this side if possible; else one that can name it."""
     able = [family for family in FAMILIES.values() if family.expresses(model)]
-    other = OPEN_CLIP if isinstance(model, DualConfig) else TIMM
+    other = {DualConfig: OPEN_CLIP, T5Config: HF_T5}.get(type(model), TIMM)
     return next((family for family in able if family.side == side), able[0] if able else other)
 
 

@@ -7,6 +7,7 @@ import re
 from typing import Any, Literal
 
 from tokjax.errors import UserError
+from tokjax.models.t5 import T5Config
 from tokjax.models.vit import ViTConfig
 from tokjax.pretrained import names
 from tokjax.pretrained.names import Config, Readable, Row, View
@@ -32,14 +33,14 @@ class Family:
         side: whose convention it is, "hf" or "timm"; where the model goes when it is saved.
         rows: the tree's names in the file, without `prefix`.
         configure: the model, from the configuration and the tensors' names (those of `view`) and shapes.
-        preprocess: the images' pipeline for a model, from the configuration and the processor's.
+        preprocess: the images' pipeline for a model, from the configuration and the processor's; None for texts.
         describe: the inverse of `configure`: a `config.json`, with the pipeline if this side keeps it there.
         expresses: whether this family's own library can build the model.
         view: the stored tensors under the names of `rows`.
         prefix: what precedes the names of the backbone, but not of the heads, in the file of a whole model ("vit.").
         ignored: pattern of tensors that may be left unread.
         interpolation: method and anti-aliasing of the position table at another image size.
-        swiglu: the rows of an MLP with SwiGLU, where they differ.
+        gated: the rows of a gated MLP, where they differ.
         blank: names and shapes of tensors that the family's own library expects where the model does without; they are
             written as zeros.
     """
@@ -48,20 +49,23 @@ class Family:
     side: Side
     rows: Mapping[str, Row]
     configure: Callable[[Json, Readable], Config]
-    preprocess: Callable[[Json, Json | None, ViTConfig], Images]
+    preprocess: Callable[[Json, Json | None, ViTConfig], Images | None]
     describe: Callable[[Any, Images | None], Json]
     expresses: Callable[[Any], bool]
     view: Callable[[Json, Readable], Readable] = as_stored
     prefix: str = ""
     ignored: str = ""
     interpolation: tuple[Method, bool] = ("bicubic", False)
-    swiglu: Mapping[str, Row] = dataclasses.field(default_factory=dict)
+    gated: Mapping[str, Row] = dataclasses.field(default_factory=dict)
     blank: Callable[[Any], dict[str, tuple[int, ...]]] = lambda config: {}
 
     def naming(self, config: Config) -> Mapping[str, Row]:
         """The rows for one model."""
-        gated = isinstance(config, ViTConfig) and config.mlp == "swiglu"
-        return {**self.rows, **self.swiglu} if gated else self.rows
+        if isinstance(config, T5Config):
+            gated = config.feed == "geglu"
+        else:
+            gated = isinstance(config, ViTConfig) and config.mlp == "swiglu"
+        return {**self.rows, **self.gated} if gated else self.rows
 
 
 class Measured:

@@ -485,7 +485,7 @@ TIMM_EVA = dataclasses.replace(
     TIMM,
     name="timm_eva",
     rows=EVA_ROWS,
-    swiglu=EVA_SWIGLU,
+    gated=EVA_SWIGLU,
     expresses=lambda model: (
         isinstance(model, ViTConfig)
         and model.position == "rope"

@@ -1,0 +1,60 @@
+"""Vectors of `lm-checkpoints`: whole language models from their files, by the `model_type` of their configuration."""
+
+import json
+from pathlib import Path
+import tempfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+
+import tokjax
+from tokjax.data.corruption import shift_right
+from tokjax.models.t5 import Seq2Seq
+from tokjax.train.losses import cross_entropy
+
+INPUTS = ("param/*", "input_ids", "attention_mask", "labels", "config_json")
+TOLERANCE = {"generate/*_ids": (0, 0), "*": (1e-4, 1e-4)}
+# What stands at padding is of no meaning.
+COMPARE = {"encoder_hidden_state_*": lambda inputs: (inputs["attention_mask"] == 1)[..., None]}
+
+
+def run(case: Path, arrays: dict) -> dict:
+    config = json.loads(arrays["config_json"].tobytes())
+    with tempfile.TemporaryDirectory() as folder:
+        tensors = {n.removeprefix("param/"): np.asarray(a) for n, a in arrays.items() if n.startswith("param/")}
+        save_file(tensors, Path(folder) / "model.safetensors")
+        (Path(folder) / "config.json").write_text(json.dumps(config))
+        model = tokjax.load(folder)
+    return RUN[config["model_type"]](model, arrays)
+
+
+def run_t5(model: tokjax.Model, arrays: dict) -> dict:
+    labels = jnp.asarray(arrays["labels"])
+    inputs = Seq2Seq(
+        jnp.asarray(arrays["input_ids"]),
+        jnp.asarray(shift_right(arrays["labels"])),
+        jnp.asarray(arrays["attention_mask"] == 1),
+    )
+
+    @jax.jit
+    def outputs(params):
+        out = model.forward(params, inputs, states=True)
+        flat = out.logits.reshape(-1, out.logits.shape[-1]), labels.reshape(-1)
+        return out, cross_entropy(*flat, flat[1] != -100)
+
+    out, loss = outputs(model.params)
+    results = {"logits": out.logits, "loss": loss}
+    stacks = (
+        ("encoder", inputs.ids, out.states, out.encoder),
+        ("decoder", inputs.decoder_ids, out.decoder_states, out.decoder),
+    )
+    for side, ids, states, last in stacks:
+        embedded = model.params["model"]["embedding"][ids]
+        every = [embedded, *(tokens.x for tokens in states[:-1]), last.x]  # the last one after the final norm
+        results |= {f"{side}_hidden_state_{i}": x for i, x in enumerate(every)}
+    return results
+
+
+RUN = {"t5": run_t5}
