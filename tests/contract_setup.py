@@ -247,6 +247,7 @@ def context_of(rng: np.random.Generator, shape: Shape, batch: int = BATCH) -> Co
         text=rng.normal(size=(batch, TEXT, CHANNELS)).astype(np.float32),
         text_valid=np.ones((batch, TEXT), bool),
         frames=np.tile(frames.astype(np.int32), (batch, 1)),
+        ids=rng.integers(0, 100, (batch, n)).astype(np.int32),
         image_sizes=np.full((batch, 2), 64, np.int32),
         relevance=rng.random((batch, *GRID), np.float32),
         boxes=np.tile(np.array([[9, 7, 30, 41], [4, 0, 50, 64]], np.int32), (batch, 1, 1)),

@@ -514,7 +514,7 @@ class T5(nnx.Module):
         tokens = self._tokens(ids).replace(valid=ids != cfg.pad_id if valid is None else valid)
         tokens = tokens.traced() if trace else tokens
         drop = layers.fold_in(key, 0) if train and key is not None else None
-        context = (context or Context()).replace(key=key)
+        context = (context or Context()).replace(key=key, ids=ids)
         return self.encoder(tokens, [h for h in hooks if h.where not in hk.CROSS], context, drop, states)
 
     def decode(

@@ -19,6 +19,7 @@ from tokjax.hooks import ModelInfo, Reducer
 from tokjax.reducers.chain import Chain, levels
 from tokjax.reducers.diffusion.tomesd import ToMeSD
 from tokjax.reducers.diffusion.tomesd import rates as merge_rates
+from tokjax.reducers.llm.byte_baselines import BoundaryPooling, ByteFixed, ByteRandom, ConvPooling
 from tokjax.reducers.llm.mrt5 import MrT5
 from tokjax.reducers.vit.aclip import AClip, super_patch
 from tokjax.reducers.vit.ats import ATS
@@ -147,6 +148,17 @@ STRENGTH = Knob("strength", "at least 0, higher is cheaper", strengths)
 RINGS = Knob("keep_rate", TABLED_RATE.range, _ring_rates)
 REMOVED_BUT_ONE = Knob("r", "0 to all patches but one, higher is cheaper", _all_but_one, _one_more_in_some)
 PROPAGATED = Knob("propagated", "0 to all patches but one, higher is cheaper", _all_but_one)
+
+
+def _deleted(info: ModelInfo) -> list[float]:
+    patches = info.length - info.prefix
+    return [gone / patches for gone in range(patches - 1, -1, -1)]
+
+
+def _strides(info: ModelInfo) -> list[int]:
+    return list(range(info.length - info.prefix, 0, -1))
+
+
 CAPACITY = Knob("capacity", "1 to all tokens, lower is cheaper", _slots)
 REMOVED = Knob("r", "0 to half of the patches, higher is cheaper", _removed, _one_more_in_some)
 
@@ -433,6 +445,55 @@ REGISTRY: dict[str, Entry] = {
         training={"hard": False},
         losses=("gate",),
         example={"capacity": 6},
+    ),
+    "byte_random": Entry(
+        make=ByteRandom,
+        kind="prune",
+        paper="Kallini et al., MrT5, ICLR 2025, control",
+        needs=("PRNG key",),
+        knob=Knob("rate", "[0, 1), higher is cheaper", _deleted),
+        neutral={"rate": 0.0, "spread": 0.0},
+        length="dynamic",
+        control=True,
+        training={"hard": False},
+    ),
+    "byte_fixed": Entry(
+        make=ByteFixed,
+        kind="prune",
+        paper="Kallini et al., MrT5, ICLR 2025, baseline",
+        needs=("ids of the bytes",),
+        knob=Knob("amount", "[0, 1), higher is cheaper", _deleted),
+        neutral={"amount": 0.0},
+        length="dynamic",
+        guided=True,
+        training={"hard": False},
+        exempt={
+            "knob": "how much goes depends on the text, so that every token has a slot; a batch tells its cost",
+            "model": "nothing is deleted in a model of images, which has no ids",
+        },
+    ),
+    "boundary_pooling": Entry(
+        make=BoundaryPooling,
+        kind="merge",
+        paper="Nawrot et al., Dynamic Token Pooling, ACL 2023",
+        needs=("features", "PRNG key"),
+        knob=CAPACITY,
+        neutral={"prior": 1.0},
+        length="dynamic",
+        learned=True,
+        training={"soft": True},
+        losses=("boundary",),
+        example={"capacity": 6},
+    ),
+    "conv_pooling": Entry(
+        make=ConvPooling,
+        kind="merge",
+        paper="Kallini et al., MrT5, ICLR 2025, baseline",
+        needs=("features",),
+        knob=Knob("stride", "1 to all tokens, higher is cheaper", _strides),
+        neutral={"stride": 1},
+        learned=True,
+        example={"stride": 2},
     ),
     "random": Entry(
         make=Random,

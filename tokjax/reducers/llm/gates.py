@@ -12,6 +12,7 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from tokjax.hooks import ModelInfo
 from tokjax.reducers.vit.staged import select
 from tokjax.token_map import Plan, first_true
 from tokjax.tokens import Tokens
@@ -19,6 +20,21 @@ from tokjax.tokens import Tokens
 Compat = Literal["positions", "reference"]
 Overflow = Literal["gate", "tail"]
 SCALE = -30.0  # the gate of a token that is surely deleted
+
+
+def default_layer(info: ModelInfo) -> int:
+    """The block before which bytes go: after 3 of 12 or more, after a quarter of fewer."""
+    return min(3, max(1, info.depth // 4), info.depth - 1)
+
+
+def check_capacity(capacity: int | None) -> None:
+    """Refuses what is no number of slots.
+
+    Raises:
+        ValueError: a capacity below 1, or that is not whole.
+    """
+    if capacity is not None and (capacity < 1 or capacity != int(capacity)):
+        raise ValueError(f"capacity={capacity}: must be a whole number of at least 1")
 
 
 def inside(tokens: Tokens) -> Bool[Array, "B n"]:

@@ -45,7 +45,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from tokjax.hooks import Hook, ModelInfo
-from tokjax.reducers.llm.gates import SCALE, Compat, Overflow, deleted, harden, inside, mean_inside, soften
+from tokjax.reducers.llm.gates import (
+    SCALE,
+    Compat,
+    Overflow,
+    check_capacity,
+    default_layer,
+    deleted,
+    harden,
+    inside,
+    mean_inside,
+    soften,
+)
 from tokjax.reducers.vit.staged import drawn
 from tokjax.signals import Signals, logits
 from tokjax.token_map import Plan
@@ -124,14 +135,12 @@ class MrT5(nnx.Module):
         compat: Compat = "positions",
         seed: int = 0,
     ):
-        if layer is None:
-            layer = min(3, max(1, info.depth // 4), info.depth - 1)
+        layer = default_layer(info) if layer is None else layer
         if not 0 <= layer < info.depth:
             raise ValueError(f"layer={layer}: must be in 0 to {info.depth - 1}, the blocks of this model")
         if not -math.inf < scale < 0:
             raise ValueError(f"scale={scale}: must be below 0 and finite")
-        if capacity is not None and (capacity < 1 or capacity != int(capacity)):
-            raise ValueError(f"capacity={capacity}: must be a whole number of at least 1")
+        check_capacity(capacity)
         if target is not None and not 0 < target < 1:
             raise ValueError(f"target={target}: must be in (0, 1)")
         for name, weight in (("loss_weight", loss_weight), ("scores", scores)):

@@ -11,6 +11,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
 import numpy as np
 
 from tokjax.hooks import Hook, ModelInfo
@@ -104,11 +105,11 @@ class AvgPool(Staged):
         if k >= n:
             return None
         if tokens.valid is None:
-            pooled = _pool(jnp.broadcast_to(cell, (tokens.batch, n)), jnp.ones((tokens.batch, n), bool), k)
+            pooled = pool_cells(jnp.broadcast_to(cell, (tokens.batch, n)), jnp.ones((tokens.batch, n), bool), k)
         else:
             inside, counts = tokens.valid[:, p:], self.row_counts(tokens)[:, None]
             rank = jnp.cumsum(inside, -1) - 1
-            pooled = _pool(rank * counts // jnp.maximum(inside.sum(1, keepdims=True), 1), inside, k)
+            pooled = pool_cells(rank * counts // jnp.maximum(inside.sum(1, keepdims=True), 1), inside, k)
         pooled = behind_prefix(pooled, p)
         return Plan(pooled, size=pooled if tracked else None, proportional=self.proportional if tracked else None)
 
@@ -121,16 +122,20 @@ class AvgPool(Staged):
         return row // down * -(-w // across) + column // across, -(-h // down) * -(-w // across)
 
 
-def _pool(cell: jax.Array, inside: jax.Array, k: int) -> HardMap:
-    """Tokens that are inside go to their cell; the first of each stays, the others move into it."""
+def pool_cells(cell: Int[Array, "B N"], inside: Bool[Array, "B N"], k: int, most: int | None = None) -> HardMap:
+    """Tokens that are inside go to their cell, one of k; the first of each stays, the others move into it.
+
+    `most` moved tokens at the most; None: n - k, where no cell is empty.
+    """
     n = cell.shape[1]
+    most = n - k if most is None else most
     place = jnp.arange(n)
 
     def row(cell, inside):
         cell = jnp.where(inside, cell, k)
         first = jnp.full(k, n).at[cell].min(place, mode="drop")
         moves = inside & (first.at[cell].get(mode="fill", fill_value=n) != place)
-        moved = jnp.argsort(~moves, stable=True)[: n - k]
+        moved = jnp.argsort(~moves, stable=True)[:most]
         return first, jnp.where(moves[moved], moved, n), jnp.where(moves[moved], cell[moved], k)
 
     keep, moved, into = jax.vmap(row)(cell, inside)
