@@ -10,13 +10,14 @@ from typing import Any, Literal, get_args, overload
 from flax import nnx, struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PyTree, UInt8
+from jaxtyping import Array, Bool, Float, Int, PyTree, UInt8
 import numpy as np
 from safetensors.numpy import save_file
 
-from tokjax import reducers, token_map
+from tokjax import generate, reducers, token_map
 from tokjax.bench import flops
 from tokjax.errors import UserError
+from tokjax.generate import Decoding, Generated
 from tokjax.hooks import Hook, ModelInfo, Reducer, check
 from tokjax.models.dual import DualConfig, DualOutput, unit
 from tokjax.models.t5 import T5, T5Config
@@ -31,6 +32,7 @@ from tokjax.writing import whole_folder, write_whole
 Family = Literal["hf", "timm"]
 Tower = Literal["vision", "text"]
 Place = jax.sharding.Sharding | Callable[[tuple[str | int, ...], tuple[int, ...]], jax.sharding.Sharding]
+_SHORTEST = 64  # lengths of padded texts are multiples of this
 MODULES: dict[type, Any] = {ViTConfig: ViT, TextConfig: Text, T5Config: T5}
 
 
@@ -117,6 +119,7 @@ class Model:
         self._logits = jax.jit(lambda params, inputs, key: self.forward(params, inputs, key=key).logits)
         self._traced = jax.jit(functools.partial(self._trace, self.forward))
         self._dense = jax.jit(self._dense_features, static_argnames="fill")
+        self._generated = jax.jit(self._generate, static_argnames="how")
 
     @property
     def info(self) -> ModelInfo:
@@ -170,7 +173,7 @@ class Model:
     def __call__(self, inputs: PyTree, *, key: Array | None = None, trace: bool = False):
         """Logits [B, classes] of normalised images, the features [B, E] of texts; with `trace`, also a `Trace`.
 
-        A T5 takes a `Seq2Seq` and gives logits [B, T, V]; `tokjax.generate` goes on with texts.
+        A T5 takes a `Seq2Seq` and gives logits [B, T, V]; see `generate`.
 
         Args:
             inputs: as `preprocess` gives them: images [B, height, width, channels], `Patches`, or ids [B, T].
@@ -234,6 +237,51 @@ class Model:
         else:
             features = token_map.restore(output.features, origin, grid, prefix=prefix, fill=fill)
         return features.astype(jnp.float32).reshape(-1, *grid, features.shape[-1])
+
+    def generate(
+        self,
+        texts: Int[Array, "B N"] | Sequence[str],
+        *,
+        valid: Bool[Array, "B N"] | None = None,
+        key: Array | None = None,
+        **settings: Any,
+    ) -> Generated:
+        """Reads texts and goes on with them: greedily, by sampling, or by beam search.
+
+        Every combination of settings and shapes is one compiled program.
+
+        Args:
+            texts: ids, or strings for `preprocess`; `preprocess.decode` of a row of the result is a string again.
+            valid: which of the ids count; None: those that are no padding.
+            key: for sampling and for reducers that draw.
+            **settings: fields of `tokjax.generate.Decoding`; end and padding are the model's own.
+
+        Raises:
+            ValueError: a model of images, ids of another shape or outside of the vocabulary, a setting out of range,
+                or sampling without a key.
+        """
+        if not isinstance(self.config, T5Config):
+            raise ValueError("This model gives no tokens that could be gone on with.")
+        how = Decoding(**{"eos_id": self.config.eos_id, "pad_id": self.config.pad_id, **settings})
+        if how.temperature and key is None:
+            raise ValueError(f"key=None: temperature={how.temperature} draws tokens, which needs one")
+        if isinstance(texts, Sequence):
+            if self.preprocess is None:
+                raise ValueError("texts are strings: this model was made without a tokenizer, give ids")
+            ids = self.preprocess(texts)
+            longest = int(np.max(np.sum(ids != how.pad_id, 1), initial=1))
+            ids = ids[:, : -(-longest // _SHORTEST) * _SHORTEST]  # few lengths, few programs
+        else:
+            ids = texts
+        self.config.check_ids("texts", ids)
+        return self._generated(self.params, ids, valid, key, how=how)
+
+    def _generate(self, params, ids, valid, key, *, how: Decoding) -> Generated:
+        parts: Any = nnx.merge(self._graph, params)
+        with token_map.apply_form(self.form):
+            hooks, options = self._hooks(parts["reducers"]), {"valid": valid, "key": key}
+            step, cache, logits = parts["model"].begin(ids, hooks, length=how.max_tokens, beams=how.beams, **options)
+        return generate.run(step, cache, logits, how, key)
 
     def with_params(self, params: Mapping[str, Any]) -> "Model":
         """The same model and compiled programs with other parameters of the same shapes."""

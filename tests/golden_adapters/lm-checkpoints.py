@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+import re
 import tempfile
 
 import jax
@@ -54,6 +55,21 @@ def run_t5(model: tokjax.Model, arrays: dict) -> dict:
         embedded = model.params["model"]["embedding"][ids]
         every = [embedded, *(tokens.x for tokens in states[:-1]), last.x]  # the last one after the final norm
         results |= {f"{side}_hidden_state_{i}": x for i, x in enumerate(every)}
+    return results | generations(model, inputs, arrays)
+
+
+def generations(model: tokjax.Model, inputs: Seq2Seq, arrays: dict) -> dict:
+    """`generate/greedy_ids`, `generate/beam<K>_<length penalty>_ids` and `_scores`."""
+    results = {}
+    for name in arrays:
+        if not (found := re.fullmatch(r"(generate/(?:greedy|beam(\d+)_([\d.]+)))_ids", name)):
+            continue
+        beams = {"beams": int(found[2]), "length_penalty": float(found[3])} if found[2] else {}
+        tokens = arrays[name].shape[-1]
+        out = model.generate(inputs.ids, valid=inputs.valid, max_tokens=tokens, **beams)
+        results[name] = out.beam_ids if beams else out.ids
+        if beams:
+            results[f"{found[1]}_scores"] = out.beam_scores
     return results
 
 

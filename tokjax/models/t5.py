@@ -10,7 +10,7 @@ recomputed from the true positions of the tokens, so that merged, moved and dele
 its anchor's).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 import math
@@ -395,6 +395,16 @@ def _salted(drop: Drop | None, salt: int) -> Drop | None:
     return None if drop is None else (drop[0], layers.fold_in(drop[1], salt))
 
 
+class Cache(struct.PyTreeNode):
+    """Keys and values of the tokens that a decoder has made, [B, T, H, D] in every block, and how many there are."""
+
+    kept: tuple[tuple[Array, Array], ...]
+    at: Int[Array, ""]
+
+
+Step = Callable[[Cache, Int[Array, "R"]], tuple[Float[Array, "R V"], Cache]]
+
+
 class Stack(Blocks):
     """The blocks of the encoder or the decoder, the table of their relative bias, and the norm behind them."""
 
@@ -545,6 +555,63 @@ class T5(nnx.Module):
         context = (context or Context()).replace(key=key, memory=memory)
         tokens, ran = self.decoder(tokens, [h for h in hooks if h.where in hk.CROSS], context, drop, states)
         return self.logits(tokens.x), tokens, ran
+
+    def begin(
+        self,
+        ids: Int[Array, "B N"],
+        hooks: Sequence[hk.Hook] = (),
+        *,
+        length: int,
+        beams: int = 1,
+        valid: Bool[Array, "B N"] | None = None,
+        key: Array | None = None,
+    ) -> tuple[Step, "Cache", Float[Array, "R V"]]:
+        """Reads texts, to go on with each of them; for `tokjax.generate.run`.
+
+        Args:
+            ids: of the texts that are read.
+            hooks: reducers of the encoder. Those of cross-attention, which decide nothing, are not called.
+            length: tokens at most, for which the cache has room.
+            beams: rows for every text, R in all.
+            valid: which of the ids count; None: those that are no padding.
+            key: for reducers that draw.
+
+        Returns:
+            How to take a step, the cache, and the logits of the first token.
+
+        Raises:
+            ValueError: ids of another shape, or hooks that this model would never call.
+        """
+        cfg = self.cfg
+        memory, _ = self.encode(ids, hooks, valid=valid, key=key)
+        blocks: list[Any] = [self.decoder._block(self.decoder.cfg, layer) for layer in range(cfg.decoder_depth)]
+        bias = memory.attention_bias()
+        # Once for all steps: keys and values of the encoder's tokens, and the biases of distances.
+        cross = [block.cross.project(memory.x) for block in blocks]
+        cross, bias = jax.tree.map(lambda x: jnp.repeat(x, beams, 0), (cross, bias))
+        by_distance = self.decoder.by_distance()
+
+        def step(cache: Cache, ids: Int[Array, "R"]) -> tuple[Array, Cache]:
+            x, kept = self.embed(ids)[:, None], []
+            relative = pair_bias(by_distance, cache.at[None, None], jnp.arange(length)[None])
+            for block, (keys, values), past in zip(blocks, cross, cache.kept, strict=True):
+                query, *new = block.attn.project(block.norm1(x))
+                both = zip(past, new, strict=True)
+                key, value = (jax.lax.dynamic_update_slice_in_dim(a, b, cache.at, 1) for a, b in both)
+                own = Signals(query, key, value, relative, rule=cfg.rule)  # whose bias hides what is to come
+                x = x + block.attn(own)
+                look = block.cross.signals(block.norm_cross(x), keys, values, bias, Context())
+                x = x + block.cross(look)
+                x = x + block.mlp(block.norm2(x))
+                kept.append((key, value))
+            x = self.decoder.norm(x).astype(x.dtype)
+            return self.logits(x)[:, 0], Cache(tuple(kept), cache.at + 1)
+
+        rows = len(ids) * beams
+        empty = jnp.zeros((rows, length, cfg.heads, cfg.head_width), cfg.dtype)
+        cache = Cache(((empty, empty),) * cfg.decoder_depth, jnp.int32(0))
+        logits, cache = step(cache, jnp.full(rows, cfg.start_id, jnp.int32))
+        return step, cache, logits
 
     def embed(self, ids: Int[Array, "B N"]) -> Float[Array, "B N C"]:
         """Vectors of the tokens; both stacks share the table."""
