@@ -289,6 +289,26 @@ class Model:
         other.__dict__.update(self.__dict__, params=params)
         return other
 
+    def with_config(self, **changes: Any) -> "Model":
+        """The same parameters and reducers under a config with some fields changed, such as lengths or dropout.
+
+        Raises:
+            ValueError: the changed model, or one of its reducers, would have other parameters.
+        """
+        config = dataclasses.replace(self.config, **changes)
+        if config == self.config:
+            return self
+        graph, _ = nnx.split(skeleton(MODULES[type(config)], config))
+        module: Any = nnx.merge(graph, self.params["model"])
+        other = Model(module, preprocess=self.preprocess, family=self.family, form=self.form)
+        for method in self.methods:
+            other = reduce(other, method.name, **method.settings)
+        theirs, ours = (jax.tree.map(jnp.shape, each.params) for each in (other, self))
+        shapes = jax.tree.map(jnp.shape, nnx.to_pure_dict(nnx.state(skeleton(MODULES[type(config)], config))))
+        if theirs != ours or shapes != ours["model"]:
+            raise ValueError(f"changes={changes}: the model would have other parameters")
+        return other.with_params(self.params)
+
     def compiled(self, inputs: PyTree) -> jax.stages.Compiled:
         """The compiled program of a call, for its memory analysis and text."""
         return self._logits.lower(self.params, inputs, None).compile()

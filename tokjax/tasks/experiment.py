@@ -31,6 +31,7 @@ from tokjax.tasks.preprocessing import AsPretrained
 from tokjax.train.checkpoints import Checkpoints
 from tokjax.train.config import TrainConfig
 from tokjax.train.config import default_config as train_config
+from tokjax.train.controllers import Controller
 from tokjax.train.loop import train
 from tokjax.train.state import LossFn, Teacher
 from tokjax.viz import Picture
@@ -419,6 +420,7 @@ class Experiment(abc.ABC):
         evaluate: Callable[[PyTree], Mapping[str, Any]],
         frozen: Sequence[str] = (),
         teacher: Teacher | None = None,
+        controller: Controller | None = None,
         constrain: Callable[[PyTree], PyTree] | None = None,
         scales: Sequence[tuple[str, float]] = (),
     ) -> Model:
@@ -431,11 +433,12 @@ class Experiment(abc.ABC):
             evaluate: parameters -> scalars, of the test set.
             frozen: further patterns of parameters to leave as they are, see `OptimiserConfig`.
             teacher: of what `parameters` names, see `Teacher`.
+            controller: of a weight of the loss, see `tokjax.train.controllers`.
             constrain: parameters -> parameters, after every update.
             scales: further factors of learning rates, see there.
         """
         settings, mesh = TrainConfig.of(self.config.train), self.mesh
-        if self.encoder(model).config.position == "sincos":
+        if getattr(self.encoder(model).config, "position", None) == "sincos":
             frozen = (*frozen, "pos_embed")
         frozen = (*settings.optimiser.frozen, *frozen)
         scales = (*settings.optimiser.scales, *scales)
@@ -451,6 +454,7 @@ class Experiment(abc.ABC):
             train_loader=loader,
             evaluate=evaluate,
             teacher=teacher,
+            controller=controller,
             constrain=constrain,
             place_batch=None if mesh is None else functools.partial(parallel.place, mesh),
             state_sharding=None if mesh is None else functools.partial(parallel.whole, mesh),
@@ -595,12 +599,12 @@ class Experiment(abc.ABC):
         if any(quality in row for row in rows):
             name = viz.SHARES[quality]
             figures["pareto"] = (f"{name[0].upper()}{name[1:]} over cost", viz.pareto_plot(rows, y=quality))
-        curves = _lines(self.workdir / "metrics.jsonl")
+        curves = lines(self.workdir / "metrics.jsonl")
         if curves:
             figures["training"] = ("Training", viz.curves_plot(curves, ("loss", quality)))
         for name, (_, figure) in figures.items():
             viz.save_png(figure, folder / f"{name}.png")
-        benched = [row for row in _lines(self.workdir / RESULTS) if row.get("mode") == "bench"]
+        benched = [row for row in lines(self.workdir / RESULTS) if row.get("mode") == "bench"]
         timed = {(row["batch"], row["method"]): row for row in benched}  # of each, the last run's
         for size in dict.fromkeys(key[0] for key in timed):
             heading = f"Speed at fixed settings, random input, batch {size}"
@@ -667,7 +671,7 @@ class Experiment(abc.ABC):
     def _rows(self, mode: str, model: Model) -> list[dict[str, Any]]:
         """Rows of earlier runs of a mode that belong to these weights and this variant."""
         stamp = self._stamp(mode, model)
-        return [row for row in _lines(self.workdir / RESULTS) if all(row.get(k) == v for k, v in stamp.items())]
+        return [row for row in lines(self.workdir / RESULTS) if all(row.get(k) == v for k, v in stamp.items())]
 
 
 def describe(model: Model, whole: flops.Cost, label: str = "") -> dict[str, Any]:
@@ -692,7 +696,7 @@ def fingerprint(model: Model) -> str:
     return digest.hexdigest()
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
+def lines(path: Path) -> list[dict[str, Any]]:
     return report.read_jsonl(path) if path.is_file() else []
 
 

@@ -1,0 +1,388 @@
+"""Byte-level language models: a T5 that reads and writes bytes, and an encoder that gets by on fewer of them.
+
+Trains on any task of `tokjax.data.text` (span corruption, the diagnostic tasks, spelling, classification as text) with
+or without a reducer; a reducer that learns has its soft form in training (`tokjax.Model.learning`) and deletes in
+evaluation. The weight of the loss term that rewards deletion is fixed, or steered to a rate
+(`tokjax.train.controllers`; Kallini et al., MrT5, ICLR 2025).
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+import dataclasses
+import functools
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+import ml_collections
+from ml_collections import config_dict
+import numpy as np
+from tqdm import tqdm
+
+from tokjax import api, parallel, reducers, viz
+from tokjax.bench import bytes as measures
+from tokjax.bench import report
+from tokjax.data import text
+from tokjax.data.bytes import ByteTokenizer
+from tokjax.data.corruption import IGNORE
+from tokjax.errors import UserError
+from tokjax.hooks import losses
+from tokjax.models.t5 import Seq2Seq, T5Config, preset
+from tokjax.tasks.experiment import RESULTS, Experiment, lines, user_input
+from tokjax.train import controllers
+from tokjax.train.config import default_config as train_config
+from tokjax.train.losses import cross_entropy
+from tokjax.train.state import LossFn
+
+STEERED = "gate"  # the term of the loss whose weight is fixed or steered
+COUNTS = ("tokens", "deleted", "starved", "overflow")  # what reducers note row by row
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """Every field of an experiment on bytes, with its meaning; configs start from it."""
+    config = ml_collections.ConfigDict()
+    config.task = "byte_lm"
+    config.mode = "all"  # what runs without --mode
+    config.title = "Byte-level language model"
+    config.seed = 0
+    config.devices = 1  # over which a batch of training is split; 0: all
+    config.batch_size = 32  # of training
+    config.eval_batch_size = 50
+    config.init = ""  # a checkpoint to start from: folder, file or hub id; empty: random weights
+    config.init_dtype = config_dict.placeholder(str)
+    config.model = model_config("byt5-small")
+    config.reduce = ml_collections.ConfigDict({"name": ""})  # a reducer of the encoder and its settings; empty: none
+    config.data = text.default_config()
+    config.train = train_config(total_steps=1000, best_metric="bits_per_byte", best_mode="min", keep_best=False)
+
+    config.learn = learn = ml_collections.ConfigDict()
+    learn.network = True  # whether the network is trained, or the reducer alone
+    learn.network_lr_scale = 1.0  # what the learning rate is multiplied by, for the network
+    learn.reducer_lr_scale = 1.0  # the same for the reducer's own parameters
+
+    config.control = control = ml_collections.ConfigDict()  # of the weight of the term `loss/gate`
+    control.target = config_dict.placeholder(float)  # share of the bytes to delete; None: the weight is fixed
+    control.weight = 0.0  # fixed, or where a steered one starts
+    control.k_p = 0.5
+    control.k_i = 1e-5
+    control.delay = 0  # steps at the start with weight 0
+
+    config.viz = ml_collections.ConfigDict()
+    config.viz.texts = 6  # test texts to draw, the first of each language
+    config.viz.bytes = 160  # of each
+    return config
+
+
+def model_config(name: str = "", **changes: Any) -> ml_collections.ConfigDict:
+    """A preset such as "byt5-small" ("": T5Config's defaults) and fields of T5Config to change; None changes nothing.
+
+    Lengths are those of the data.
+    """
+    config = ml_collections.ConfigDict({"preset": name})
+    for field in dataclasses.fields(T5Config):
+        if field.name not in ("length", "decoder_length"):
+            config[field.name] = config_dict.placeholder(type(field.default))
+    config.update(changes)
+    return config
+
+
+class ByteLM(Experiment):
+    """Bits per byte, whole targets that are right, and how many bytes the encoder deletes."""
+
+    modes = ("train", "eval", "viz")
+    metrics = ("bits_per_byte", "sequence_accuracy", "deleted")
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        return self.modes
+
+    def variant(self) -> dict[str, Any]:
+        """The test data."""
+        data = self.config.data
+        return {"data": f"{data.task}, {data.path or 'embedded'}, {data.test_split}, {data.length}"}
+
+    # Models
+
+    def build(self) -> api.Model:
+        fields = {k: v for k, v in self.config.model.to_dict().items() if k != "preset" and v is not None}
+        task, name = self.test_loader().task, self.config.model.preset
+        fields |= {"length": task.length, "decoder_length": task.target_length}
+        shape = preset(name, **fields) if name else T5Config(**fields)
+        return api.build(shape, self.config.seed, preprocess=ByteTokenizer(task.length))
+
+    @functools.cached_property
+    def initial(self) -> api.Model | None:
+        """The checkpoint of `config.init`, which counts the lengths of these data."""
+        if not self.config.init:
+            return None
+        return self._loaded(self.config.init, dtype=self.config.init_dtype)
+
+    def _loaded(self, source: Any, **options: Any) -> api.Model:
+        """With the lengths of these data, and the fields of `config.model` that are no parameters' business."""
+        model, task = super()._loaded(source, **options), self.test_loader().task
+        if not isinstance(model.config, T5Config):
+            raise UserError(f"{source} holds a {type(model.config).__name__}; task {self.config.task!r} takes a T5")
+        free = {name: self.config.model[name] for name in ("normaliser", "dropout", "attention")}
+        lengths = {"length": task.length, "decoder_length": task.target_length}
+        return model.with_config(**lengths, **{name: value for name, value in free.items() if value is not None})
+
+    def _fitting(self, model: api.Model) -> api.Model:
+        return model
+
+    # Data
+
+    def loader(self, split: str, *, train: bool) -> Any:
+        config = self.config
+        size = config.batch_size if train else config.eval_batch_size
+        return text.make(config.data, split, batch_size=size, train=train, seed=config.seed if train else 0)
+
+    def test_loader(self) -> Any:
+        return self.evaluation_loader("test")
+
+    def batches(self, split: str, name: str) -> Iterator[Any]:
+        """Every batch of a split in order, with a progress bar."""
+        loader: Any = self.evaluation_loader(split)
+        quiet = not sys.stderr.isatty()
+        with tqdm(total=len(loader.task), desc=name, unit="text", leave=False, disable=quiet) as bar:
+            for batch in loader:
+                yield batch
+                bar.update(int(batch["valid"].sum()))
+
+    def inputs(self, model: api.Model, batch: Mapping[str, Any]) -> Seq2Seq:
+        return Seq2Seq(batch["ids"], batch["decoder_ids"])
+
+    # Training
+
+    def train(self) -> None:
+        """Trains, or goes on with an interrupted training; the result lies in `workdir/model`.
+
+        Raises:
+            UserError: a controller without a reducer that has the term which it steers.
+        """
+        with user_input():
+            model = self.fresh()
+            learning, controller = model.learning(), self.controller()
+        found = jax.eval_shape(self.terms(learning), model.params, model.config.example(2))
+        if self.config.control.target is not None and STEERED not in found:
+            raise UserError(
+                f"config.control.target={self.config.control.target}: the reducer "
+                f"{self.config.reduce.name or '(none)'!r} has no term {STEERED!r} to steer"
+            )
+        self.fit(
+            model,
+            self.loader("train", train=True),
+            self.loss(learning),
+            self.evaluation(model),
+            frozen=() if self.config.learn.network else ("model/.*",),
+            scales=self.scales(model),
+            controller=controller if STEERED in found else None,
+        )
+
+    def controller(self) -> controllers.Controller:
+        control = self.config.control
+        if control.target is None:
+            return controllers.Constant(control.weight, control.delay)
+        return controllers.PI(control.target, control.k_p, control.k_i, control.weight, control.delay)
+
+    def scales(self, model: api.Model) -> tuple[tuple[str, float], ...]:
+        """Learning rates by part."""
+        learn = self.config.learn
+        parts = {"model": learn.network_lr_scale, "reducers": learn.reducer_lr_scale}
+        return tuple((f"{part}/.*", scale) for part, scale in parts.items() if part in model.params and scale != 1)
+
+    def terms(self, model: api.Model) -> Callable[..., dict[str, Array]]:
+        """The terms that the reducer adds to the loss."""
+
+        def run(params: PyTree, inputs: Seq2Seq) -> dict[str, Array]:
+            return losses(model.forward(params, inputs, key=jax.random.key(0), train=True).tokens.aux)
+
+        return run
+
+    def loss(self, model: api.Model) -> LossFn:
+        """Of a model in its training form; every term is a metric, its weight included."""
+
+        def forward(params, inputs, keys) -> dict[str, Any]:
+            out = model.forward(params, inputs, key=keys, train=True)
+            return {"logits": out.logits, "terms": losses(out.tokens.aux), "counts": noted(out)}
+
+        run = parallel.by_rows(forward, self.mesh)
+
+        def loss(params, batch, key, weight=1.0):
+            valid = batch["valid"]
+            ran = run(params, self.inputs(model, batch), parallel.row_keys(key, len(valid)))
+            terms = {"cross_entropy": target_loss(ran["logits"], batch["labels"])}
+            for name, value in ran["terms"].items():
+                terms[name] = value.mean() * (weight if name == STEERED else 1.0)
+            counts = {name: jnp.where(valid, value, 0).sum() for name, value in ran["counts"].items()}
+            return sum(terms.values()), {**{f"loss/{name}": value for name, value in terms.items()}, **counts}
+
+        return loss
+
+    # Evaluation
+
+    def reader(self, model: api.Model) -> Callable[[PyTree, Mapping[str, Any]], dict[str, Array]]:
+        """From parameters and a batch to what is counted of every row."""
+
+        @jax.jit
+        def read(params: PyTree, batch: Mapping[str, Any]) -> dict[str, Array]:
+            out = model.forward(params, self.inputs(model, batch), trace=True)
+            labels, there = jnp.maximum(batch["labels"], 0), batch["labels"] != IGNORE
+            chances = jnp.take_along_axis(jax.nn.log_softmax(out.logits), labels[..., None], -1)[..., 0]
+            read = {"nats": -jnp.where(there, chances, 0).sum(1), "count": there.sum(1)}
+            read |= {"predicted": out.logits.argmax(-1), "left": left(out), "kept": kept(out)}
+            return {**read, "overflow": noted(out).get("overflow", jnp.zeros(len(labels), jnp.int32))}
+
+        return read
+
+    def totals(self, read: Callable, params: PyTree, batches: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+        """What `reader` counts, added up over batches."""
+        groups, rows = self.test_loader().groups, []
+        by_class: Any = 0
+        for batch in batches:
+            valid, arrays = batch["valid"], {k: v for k, v in batch.items() if k in ("ids", "decoder_ids", "labels")}
+            out = jax.device_get(read(params, arrays))
+            by_class += measures.deletion_counts(
+                batch["ids"][valid], out["kept"][valid], batch["group"][valid], len(groups)
+            )
+            right = measures.sequence_correct(out["predicted"], batch["labels"])
+            tokens = (batch["ids"] != 0).sum(1)
+            columns = out["nats"], out["count"], right, tokens, out["left"], out["overflow"], batch["group"]
+            rows.append(np.stack([np.asarray(column, np.float64) for column in columns], 1)[valid])
+        return {"rows": np.concatenate(rows), "by_class": by_class}
+
+    def evaluation(self, model: api.Model) -> Callable[[PyTree], Mapping[str, float]]:
+        test, read = self.test_loader(), self.reader(model)
+
+        def evaluate(params: PyTree) -> Mapping[str, float]:
+            found = summary(self.totals(read, self.with_parameters(model, params).params, test)["rows"])
+            return {name: found[name] for name in self.metrics}
+
+        return evaluate
+
+    def evaluate(self, model: api.Model, name: str) -> dict[str, Any]:
+        """The metrics, and of several languages those of each; `by_class`: deleted, by kind of byte."""
+        groups = self.test_loader().groups
+        found = self.totals(self.reader(model), model.params, self.batches("test", name))
+        rows, row = found["rows"], summary(found["rows"])
+        if len(groups) > 1:
+            row["by_group"] = {
+                name: {k: v for k, v in summary(part).items() if k in self.metrics}
+                for number, name in enumerate(groups)
+                if len(part := rows[rows[:, -1] == number])
+            }
+        if row["deleted"]:
+            row["by_class"] = dict(measures.deletion_by_class(found["by_class"]))
+        return {**row, "macs_relative": self.share_of_macs(model, rows[:, 4])}
+
+    def share_of_macs(self, model: api.Model, tokens: Float[np.ndarray, " n"]) -> float:
+        """Of the model without reducers, for texts of full length of which these numbers of tokens are left.
+
+        A reducer that deletes what the data allow costs as with a capacity of what is left; the cost is a polynomial of
+        degree two in it.
+        """
+        whole, registered = model.unreduced.cost().total, _registered(model)
+        if registered is None or registered.length != "dynamic":
+            return model.cost().total / whole
+        method, n = model.methods[-1], model.info.length
+        field = registered.knob.field
+        points = sorted({max(1, n // 4), max(1, n // 2), n})
+        costs = [api.reduce(model.unreduced, method.name, **{**method.settings, field: m}).cost().total for m in points]
+        fitted = np.polyfit(points, costs, len(points) - 1)
+        return float(np.polyval(fitted, np.minimum(tokens, n)).mean() / whole)
+
+    def eval(self) -> None:
+        """The metrics of the workdir's model on the test data, bytes deleted and bytes only masked (soft)."""
+        model, rows = self.model(), []
+        forms = {"hard": model, "soft": model.learning()} if model.methods else {"": model}
+        if model.methods and model.learning() is model:
+            forms = {"hard": model}
+        for form, each in forms.items():
+            label = " + ".join(method.name for method in each.methods) or "no reducer"
+            row = {"method": label, "form": form, **self.evaluate(each, f"{label} {form}")}
+            report.append_jsonl(self.workdir / RESULTS, {**self._stamp("eval", model.unreduced), **report.plain(row)})
+            rows.append(row)
+        report.print_table(rows, ["method"], extra=["form", *self.metrics, "macs_relative", "texts"], group=())
+        for row in rows:
+            for name, part in row.get("by_group", {}).items():
+                told = ", ".join(f"{key} {value:.3f}" for key, value in part.items())
+                print(f"{row['method']} {row['form']} {name}: {told}")
+
+    # Pictures
+
+    def viz(self) -> None:
+        """The bytes that are deleted in some test texts, and the curves of the training."""
+        folder, figures = self.workdir / "pictures", {}
+        model = self.model()
+        if model.methods:
+            viz.save_png(viz.deleted_bytes(self.deletions(model)), folder / "deleted.png")
+        if curves := lines(self.workdir / "metrics.jsonl"):
+            names = ("loss/cross_entropy", "rate", "weight", "bits_per_byte")
+            present = tuple(n for n in names if any(key.endswith(n) for row in curves for key in row))
+            figures["training"] = viz.curves_plot(curves, present, title=self.config.title)
+        for name, figure in figures.items():
+            viz.save_png(figure, folder / f"{name}.png")
+        print(f"Pictures are in {folder}")
+
+    def deletions(self, model: api.Model) -> list[tuple[str, bytes, np.ndarray]]:
+        """Name, bytes, and which of them are kept, of the first test texts of every language."""
+        config, groups, read = self.config.viz, self.test_loader().groups, self.reader(model)
+        found: dict[str, list[tuple[str, bytes, np.ndarray]]] = {}
+        for batch in self.test_loader():
+            arrays = {k: v for k, v in batch.items() if k in ("ids", "decoder_ids", "labels")}
+            stays = np.asarray(read(model.params, arrays)["kept"])
+            for ids, mask, group, valid in zip(batch["ids"], stays, batch["group"], batch["valid"], strict=True):
+                is_byte = (ids >= 3) & (ids < 259)
+                taken = np.flatnonzero(is_byte)[: config.bytes]
+                if valid and len(taken):
+                    row = groups[group], bytes((ids[taken] - 3).tolist()), mask[taken]
+                    found.setdefault(groups[group], []).append(row)
+            if sum(map(len, found.values())) >= config.texts and len(found) == len(groups):
+                break
+        share = max(1, config.texts // max(1, len(found)))
+        return [row for rows in found.values() for row in rows[:share]][: config.texts]
+
+
+def target_loss(logits: Float[Array, "B T V"], labels: Array) -> Float[Array, ""]:
+    """Mean cross-entropy over the ids that are predicted (labels that are not -100), of all rows together."""
+    return cross_entropy(
+        logits.reshape(-1, logits.shape[-1]), jnp.maximum(labels, 0).reshape(-1), (labels != IGNORE).reshape(-1)
+    )
+
+
+def noted(out: Any) -> dict[str, Array]:
+    """What a reducer counted in every row of a `T5Output`: `COUNTS`, as far as it counts them."""
+    found: dict[str, Array] = {}
+    for each in out.tokens.aux.values():
+        found |= {name: each[name] for name in COUNTS if name in each}
+    return found
+
+
+def left(out: Any) -> Array:
+    """Tokens of every row that the decoder attends to: those that are there, less those that a gate counts as gone."""
+    counts = noted(out)
+    gone = counts.get("deleted", 0) if "starved" in counts and "overflow" not in counts else 0
+    return out.encoder.count() - gone
+
+
+def kept(out: Any) -> Array:
+    """Whether every input token lives on, itself or in a merged one."""
+    origin = out.encoder.origin
+    assert origin is not None
+    return origin < out.encoder.length
+
+
+def summary(rows: Float[np.ndarray, "n 7"]) -> dict[str, Any]:
+    """The metrics of rows as `ByteLM.totals` gives them."""
+    nats, count, right, tokens, remaining, overflow, _ = rows.T
+    return {
+        "bits_per_byte": measures.bits_per_byte(nats.sum(), count.sum()),
+        "sequence_accuracy": float(right.mean()),
+        "deleted": float(1 - remaining.sum() / tokens.sum()),
+        "overflow": int(overflow.sum()),
+        "texts": len(rows),
+    }
+
+
+def _registered(model: api.Model) -> reducers.Entry | None:
+    return reducers.REGISTRY.get(model.methods[-1].name) if model.methods else None
