@@ -202,3 +202,13 @@ def test_stack_and_unstack():
     back = layers.unstack(stacked)
     assert list(back) == [0, 1, 2, 3]
     jax.tree.map(np.testing.assert_array_equal, back, trees)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_long_attention_on_a_cpu_gives_the_same_numbers(causal):
+    rng = np.random.default_rng(0)
+    query, key, value = (jnp.asarray(rng.normal(size=(1, 512, 2, 4)), jnp.float32) for _ in range(3))
+    bias = jnp.asarray(rng.normal(size=(1, 1, 1, 512)), jnp.float32)
+    options = {"bias": bias, "scale": 0.7, "is_causal": causal}
+    want = jax.nn.dot_product_attention(query, key, value, **options)
+    np.testing.assert_allclose(jax.jit(lambda *x: layers.fused(*x, **options))(query, key, value), want, atol=1e-6)
