@@ -154,7 +154,7 @@ def t5(case, arrays):
 
     def forward(weights):
         parts = nnx.merge(graphdef, convert(weights, layer))
-        first, *scored = parts["gate"].hooks(cfg.info)
+        first, scored = parts["gate"].hooks(cfg.info)[0], parts["gate"].regularisers()
         probe = Probe(gates_hidden=not hard)
         hooks = [hk.Hook("before_block", i, probe) for i in range(cfg.depth)]
         hooks += [

@@ -30,7 +30,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from tokjax import schedules
 from tokjax.hooks import Hook, ModelInfo
-from tokjax.reducers.llm.gates import SCALE, check_capacity, default_layer, deleted, harden, inside, soften
+from tokjax.reducers.llm.gates import SCALE, check_capacity, counted, default_layer, harden, inside, soften
 from tokjax.reducers.vit.controls import pool_cells
 from tokjax.reducers.vit.mergers import linear
 from tokjax.reducers.vit.staged import drawn
@@ -84,9 +84,8 @@ class _Gate:
         stays = self.stays(tokens, signals)
         if stays is None:
             return None
-        gate, valid = jnp.where(stays, 0.0, SCALE), inside(tokens)
-        counts = {"tokens": valid.sum(1, dtype=jnp.int32), "deleted": deleted(gate, valid, SCALE / 2)}
-        return gate, {"gate": gate, **counts}
+        gate = jnp.where(stays, 0.0, SCALE)
+        return gate, {"gate": gate, **counted(gate, inside(tokens), SCALE / 2)}
 
     def plan(self, tokens: Tokens, signals: Signals) -> Plan | None:
         made = self._gate(tokens, signals)

@@ -54,6 +54,13 @@ def deleted(gate: Float[Array, "B n"], valid: Bool[Array, "B n"], threshold: flo
     return ((gate < threshold) & valid).sum(1, dtype=jnp.int32)
 
 
+def counted(gate: Float[Array, "B n"], valid: Bool[Array, "B n"], threshold: float) -> dict[str, Int[Array, "B"]]:
+    """Of every row the numbers of `tokens` and of those `deleted`, and `starved`: 1 where all of them would go."""
+    starved = valid.any(1) & ~((gate > threshold) & valid).any(1)
+    counts = {"tokens": valid.sum(1, dtype=jnp.int32), "deleted": deleted(gate, valid, threshold)}
+    return {**counts, "starved": starved.astype(jnp.int32)}
+
+
 def soften(tokens: Tokens, gate: Float[Array, "B n"]) -> Plan:
     """The gates of the tokens behind the prefix, added to what later attention adds to the logits of these keys."""
     gate = jnp.pad(gate, ((0, 0), (tokens.prefix, 0)))
@@ -86,7 +93,7 @@ def harden(
         renumber: whether the tokens that stay stand at 0, 1, ... from here on, and not where they stood.
 
     Returns:
-        A plan whose `aux` counts, of every row, `starved` (1 where the first token had to stay) and `overflow`.
+        A plan whose `aux` counts the `overflow` of every row.
     """
     n, p, valid = tokens.length - tokens.prefix, tokens.prefix, inside(tokens)
     keep = valid & (gate > threshold)
@@ -104,5 +111,4 @@ def harden(
     there = jnp.concatenate([jnp.ones((tokens.batch, p), bool), jnp.arange(slots) < stays[:, None]], 1)
     place = jnp.broadcast_to(jnp.arange(p + slots, dtype=jnp.int32), there.shape)
     renumbered = place if renumber and tokens.position is not None else None
-    counts = {"starved": starved.astype(jnp.int32), "overflow": found - stays}
-    return Plan(chosen, how="keep", valid=there, position=renumbered, aux=counts)
+    return Plan(chosen, how="keep", valid=there, position=renumbered, aux={"overflow": found - stays})

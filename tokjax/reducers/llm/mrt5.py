@@ -50,8 +50,8 @@ from tokjax.reducers.llm.gates import (
     Compat,
     Overflow,
     check_capacity,
+    counted,
     default_layer,
-    deleted,
     harden,
     inside,
     mean_inside,
@@ -171,12 +171,15 @@ class MrT5(nnx.Module):
     def hooks(self, info: ModelInfo) -> list[Hook]:
         if info.width != self.width:
             raise ValueError(f"width={info.width}: these parameters were made for width={self.width}")
-        gates = [Hook("before_block", self.layer, self, "plan" if self.hard else "soften")]
-        if not self.scores:
-            return gates
+        if self.hard:
+            return [Hook("before_block", self.layer, self)]
+        return [Hook("before_block", self.layer, self, "soften"), *(self.regularisers() if self.scores else ())]
+
+    def regularisers(self) -> list[Hook]:
+        """The hooks that note `loss/scores`."""
         own = [Hook("after_attention", layer, self, "regularise") for layer in range(self.layer, self.depth)]
         cross = [Hook("after_cross_attention", layer, self, "regularise") for layer in range(self.decoder_depth)]
-        return [*gates, *own, *cross]
+        return [*own, *cross]
 
     def gate(
         self, tokens: Tokens, noise: Float[Array, "B n"] | None = None
@@ -187,14 +190,10 @@ class MrT5(nnx.Module):
         z = z if noise is None else z + noise
         return z, jnp.where(inside(tokens), self.scale * nnx.sigmoid(-z), self.scale)
 
-    def _noted(self, tokens: Tokens, z: Array, gate: Array, valid: Array) -> dict[str, Array]:
-        counts = {"tokens": valid.sum(1, dtype=jnp.int32), "deleted": deleted(gate, valid, self.threshold)}
-        return {"logits": z, "gate": gate, **counts}
-
     def plan(self, tokens: Tokens, signals: Signals) -> Plan:
         """The hard form."""
         z, gate = self.gate(tokens)
-        noted = self._noted(tokens, z, gate, inside(tokens))
+        noted = {"logits": z, "gate": gate, **counted(gate, inside(tokens), self.threshold)}
         if self.threshold < self.scale and (self.capacity is None or self.capacity >= gate.shape[1]):
             return Plan(aux=noted)
         plan = harden(
@@ -214,11 +213,9 @@ class MrT5(nnx.Module):
             noise = drawn(tokens, signals, self.layer, 0, jax.random.gumbel)[:, tokens.prefix :]
         z, gate = self.gate(tokens, noise)
         valid = inside(tokens)
-        noted = self._noted(tokens, z, gate, valid)
-        starved = valid.any(1) & ~((gate > self.threshold) & valid).any(1)
+        noted = {"logits": z, "gate": gate, **counted(gate, valid, self.threshold)}
         loss = self.loss_weight * gate_loss(z, gate, valid, self.loss, self.threshold)
-        aux = {**noted, "starved": starved.astype(jnp.int32), "loss/gate": loss}
-        return soften(tokens, gate).replace(aux=aux)
+        return soften(tokens, gate).replace(aux={**noted, "loss/gate": loss})
 
     def regularise(self, tokens: Tokens, signals: Signals) -> Plan:
         """This attention's part of `loss/scores`."""
