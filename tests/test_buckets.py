@@ -1,6 +1,7 @@
 """Programs of the length that the data need: every way gives what the mask alone gives, for less."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 import tokjax
 from tokjax import buckets, reducers
 from tokjax.hooks import Hook
+from tokjax.models.t5 import Seq2Seq, T5Config
 from tokjax.models.vit import ViTConfig
 from tokjax.reducers import KEEP_RATE, Entry
 from tokjax.signals import mean_key
@@ -161,7 +163,7 @@ def test_choose():
     [
         (lambda: buckets.Bucketed(tokjax.build(CFG)), "has no reducer of dynamic length"),
         (lambda: buckets.Bucketed(model(layers=(3,))), "has no reducer of dynamic length before its last block"),
-        (lambda: buckets.Bucketed(model(), capacities=(8, 16)), f"must hold the input's {N} tokens"),
+        (lambda: buckets.Bucketed(model(), capacities=(8, 16)), f"one must hold the input's {N} tokens"),
         (lambda: buckets.Bucketed(model(), rows=0), "rows=0"),
         (
             lambda: buckets.Bucketed(tokjax.reduce(model(), "tome", r=2), pack=True),
@@ -172,3 +174,63 @@ def test_choose():
 def test_what_cannot_be_regrouped_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+# Texts
+
+T5_CFG = T5Config(
+    vocab_size=384,
+    length=24,
+    decoder_length=7,
+    width=16,
+    hidden=24,
+    heads=2,
+    head_width=8,
+    depth=4,
+    decoder_depth=2,
+    normaliser="softmax1",
+)
+
+
+@functools.cache
+def gated(layer, **settings):
+    """A T5 whose gate deletes about half of the bytes."""
+    made = tokjax.reduce(tokjax.build(T5_CFG), "mrt5", layer=layer, **settings)
+    params, rng = made.params, np.random.default_rng(0)
+    params = jax.tree.map(lambda x: x + rng.normal(0, 0.2, x.shape).astype(np.float32), params)
+    params["reducers"][0]["out"] = jax.tree.map(lambda x: 3 * x, params["reducers"][0]["out"])
+    params["reducers"][0]["out"]["bias"] *= 0
+    return made.with_params(params)
+
+
+def texts(batch=11, length=24):
+    """Of different lengths."""
+    rng = np.random.default_rng(1)
+    ids = rng.integers(3, 259, (batch, length)) * (np.arange(length) < rng.integers(1, length + 1, (batch, 1)))
+    return Seq2Seq(ids.astype(np.int32), rng.integers(3, 259, (batch, 7)).astype(np.int32))
+
+
+@pytest.mark.parametrize(("layer", "pack"), [(2, False), (2, True), (0, False)])
+def test_an_encoder_runs_at_the_length_of_its_survivors(layer, pack):
+    masked, x = gated(layer), texts()
+    logits, usage = buckets.Bucketed(masked, rows=4, pack=pack).run(x)
+    np.testing.assert_allclose(logits, masked(x), atol=3e-5)
+    assert len(set(usage.counts[0])) > 3 and (usage.counts[0] <= (x.ids > 0).sum(1)).all()
+    assert usage.slots[1] < 0.7 * usage.slots[0] and not usage.overflow.any()
+
+
+def test_overflow_is_reported():
+    x = texts()
+    counts = buckets.Bucketed(gated(2), rows=4).run(x)[1].counts[0]
+    capped = gated(2, capacity=4)
+    logits, usage = buckets.Bucketed(capped, rows=4).run(x)
+    np.testing.assert_array_equal(usage.overflow, np.maximum(counts - 4, 0))
+    np.testing.assert_allclose(logits, capped(x), atol=3e-5)
+
+
+def test_texts_may_be_longer_than_the_example():
+    masked, x = gated(2), texts(4, length=32)
+    run = buckets.Bucketed(masked, rows=4)
+    np.testing.assert_allclose(run(x), masked(x), atol=3e-5)
+    with pytest.raises(ValueError, match="one must hold the input's 32 tokens"):
+        buckets.Bucketed(masked, capacities=(8, 24), rows=4)(x)

@@ -432,12 +432,25 @@ class Stack(Blocks):
         keep_states: bool = False,
     ) -> tuple[Tokens, Ran]:
         """Runs tokens that stand in order; also gives them after the final norm. `key`: of dropout."""
-        by_distance, position = self.by_distance(), tokens.position
-        relative = Relative(by_distance, position, _in_order(by_distance, tokens.length))  # type: ignore[arg-type]
+        relative = self.relative(tokens, ordered=True)
         tokens = tokens.replace(x=layers.dropout(tokens.x, self._drop(self.cfg, self.cfg.depth, key)))
         ran = self._run(self.cfg, tokens, hooks, context.replace(relative=relative), key, keep_states)
         x = self.norm(ran.tokens.x).astype(ran.tokens.x.dtype)
         return ran.tokens.replace(x=layers.dropout(x, self._drop(self.cfg, self.cfg.depth + 1, key))), ran
+
+    def relative(self, tokens: Tokens, ordered: bool) -> Relative:
+        """The bias of these tokens, which stand at 0, 1, ... where they are `ordered`."""
+        by_distance, position = self.by_distance(), tokens.position
+        assert position is not None
+        pairs = _in_order(by_distance, tokens.length) if ordered else pair_bias(by_distance, position, position)
+        return Relative(by_distance, position, pairs)
+
+    def stretch(
+        self, tokens: Tokens, hooks: Sequence[hk.Hook], context: Context, span: tuple[int, int], opening: bool
+    ) -> Tokens:
+        """Runs some blocks only; see `T5.stretch`."""
+        context = context.replace(relative=self.relative(tokens, ordered=opening))
+        return self._run(self.cfg, tokens, hooks, context, span=span).tokens
 
     def _shared(self, context: Context, tokens: Tokens) -> Context:
         relative, position = context.relative, tokens.position
@@ -521,11 +534,39 @@ class T5(nnx.Module):
         cfg = self.cfg
         cfg.check_ids("ids", ids)
         hk.check(hooks, cfg.info)
-        tokens = self._tokens(ids).replace(valid=ids != cfg.pad_id if valid is None else valid)
+        tokens = self._read(ids, valid)
         tokens = tokens.traced() if trace else tokens
         drop = layers.fold_in(key, 0) if train and key is not None else None
         context = (context or Context()).replace(key=key, ids=ids)
         return self.encoder(tokens, [h for h in hooks if h.where not in hk.CROSS], context, drop, states)
+
+    def _read(self, ids: Int[Array, "B N"], valid: Bool[Array, "B N"] | None) -> Tokens:
+        return self._tokens(ids).replace(valid=ids != self.cfg.pad_id if valid is None else valid)
+
+    def start(self, inputs: Seq2Seq) -> Tokens:
+        """What the first stretch of the encoder runs on."""
+        return self._read(inputs.ids, inputs.valid)
+
+    def stretch(
+        self,
+        tokens: Tokens,
+        hooks: Sequence[hk.Hook],
+        context: Context,
+        span: tuple[int, int],
+        opening: bool = False,
+    ) -> Tokens:
+        """Runs some blocks of the encoder only, for programs that are cut where the number of tokens is looked at.
+
+        `opening`: these are the tokens of the input, in order.
+        """
+        return self.encoder.stretch(tokens, [h for h in hooks if h.where not in hk.CROSS], context, span, opening)
+
+    def finish(
+        self, tokens: Tokens, inputs: Seq2Seq, hooks: Sequence[hk.Hook], context: Context
+    ) -> Float[Array, "B T V"]:
+        """Logits of what the last stretch left of these inputs."""
+        memory = tokens.replace(x=self.encoder.norm(tokens.x).astype(tokens.x.dtype))
+        return self.decode(inputs.decoder_ids, memory, hooks, key=context.key, context=context)[0]
 
     def decode(
         self,

@@ -350,9 +350,27 @@ class ViT(Blocks):
         ran = self._run(self.cfg, tokens, hooks, context or Context(grid=self.cfg.info.grid), key, states)
         return self.readout(ran)
 
-    def stretch(self, tokens: Tokens, hooks: Sequence[hk.Hook], context: Context, span: tuple[int, int]) -> Tokens:
-        """Runs some blocks only, for programs that are cut where the number of tokens is looked at."""
+    def stretch(
+        self,
+        tokens: Tokens,
+        hooks: Sequence[hk.Hook],
+        context: Context,
+        span: tuple[int, int],
+        opening: bool = False,
+    ) -> Tokens:
+        """Runs some blocks only, for programs that are cut where the number of tokens is looked at.
+
+        `opening`: these are the tokens of the input, which makes no difference here.
+        """
         return self._run(self.cfg, tokens, hooks, context, span=span).tokens
+
+    def start(self, images: Float[Array, "B height width channels"] | Patches) -> Tokens:
+        """What the first stretch runs on."""
+        return self.embed(images)
+
+    def finish(self, tokens: Tokens, inputs: Any, hooks: Sequence[hk.Hook], context: Context) -> Float[Array, "B K"]:
+        """Logits of what the last stretch left of these inputs."""
+        return self.readout(Ran(tokens, None, None, None)).logits
 
     def readout(self, ran: Ran) -> Output:
         """Final norm, pooling and head on what the blocks left.
