@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from tokjax import hooks as hk
+from tokjax import reducers, token_map
 from tokjax import signals as sg
-from tokjax import token_map
 from tokjax.models import t5
 from tokjax.models.t5 import T5, Seq2Seq, T5Config
 from tokjax.reducers.vit.tome import ToMe
@@ -164,6 +164,23 @@ def test_deleted_tokens_leave_what_hidden_ones_do():
     np.testing.assert_array_equal(hard.encoder.position, [range(0, 12, 2)] * 3)
     np.testing.assert_allclose(hard.logits, soft.logits, atol=2e-5)
     assert np.abs(hard.logits - plain().logits).max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("tome", {"r": 2}), ("pitome", {"keep_rate": 0.6}), ("random", {"keep_rate": 0.6}), ("avgpool", {})],
+)
+def test_a_padded_row_is_reduced_as_alone(name, settings):
+    cfg = dataclasses.replace(TINY, depth=2, decoder_depth=1)
+    hooks = reducers.create(name, cfg.info, **settings).hooks(cfg.info)
+    keys = jax.random.split(jax.random.key(2), 3)
+    inputs, row, end = batch(), 1, ENDS[1]
+    out = run(inputs, cfg, hooks, key=keys)
+    one = Seq2Seq(inputs.ids[row : row + 1, :end], inputs.decoder_ids[row : row + 1])
+    alone = run(one, cfg, hooks, key=keys[row : row + 1])
+    assert out.encoder.length < 12
+    assert alone.encoder.count() == out.encoder.count()[row] < end
+    np.testing.assert_allclose(out.logits[row], alone.logits[0], atol=5e-5)
 
 
 def test_merged_tokens_are_fewer_in_the_cross_attention():

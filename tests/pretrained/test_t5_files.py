@@ -8,6 +8,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import tokjax
+from tokjax import budget
 from tokjax.data.bytes import ByteTokenizer
 from tokjax.errors import UserError
 from tokjax.models.t5 import Seq2Seq, T5Config
@@ -114,6 +115,8 @@ def test_stacked_blocks_and_bytes(tmp_path):
 
 def test_a_reduced_model_costs_less():
     model = tokjax.build(T5Config(**{**vars(TINY), "length": 32, "decoder_length": 4}))
+    fast = budget.solve("tome", model, macs=0.75).model
+    assert 0.7 < fast.cost().total / model.cost().total < 0.8
     fast = tokjax.reduce(model, "tome", r=8)
     assert fast.token_counts() == (24, 16)
     assert fast.cost().model < model.cost().model

@@ -223,6 +223,7 @@ class TestArguments:
     def test_texts(self):
         assert self.tokenizer([]).shape == (0, 5) and self.tokenizer([]).dtype == np.int32
         assert self.tokenizer(("a", "cat")).shape == (2, 5)
+        assert self.tokenizer.decode(self.tokenizer(["a cat"])[0]) == "a cat"
         with pytest.raises(ValueError, match="list of strings, got the string 'a cat'"):
             self.tokenizer("a cat")
         with pytest.raises(ValueError, match=r"texts\[1\] must be a string, got NoneType None"):

@@ -20,7 +20,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from jaxtyping import Int32
+from jaxtyping import Int, Int32
 import numpy as np
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
@@ -100,6 +100,10 @@ class Tokenizer:
                 raise ValueError(f"texts[{index}] must be a string, got {type(text).__name__} {text!r}")
         ids = [encoding.ids for encoding in self.backend.encode_batch(texts)]
         return np.array(ids, np.int32).reshape(len(texts), self.length)
+
+    def decode(self, ids: Int[np.ndarray, " n"]) -> str:
+        """The text of one row of ids, without special tokens."""
+        return self.backend.decode([int(index) for index in ids])
 
     @classmethod
     def load(cls, folder: str | Path, *, length: int | None = None, pad_id: int | None = None) -> Self:
