@@ -287,6 +287,16 @@ def test_a_plan_appends_and_sets_gates_of_all_that_comes_out():
     np.testing.assert_array_equal(out.origin[0], [1, 5, 1, 0])  # dropped tokens have the new N
 
 
+def test_a_plan_sets_positions_and_a_token_that_is_kept_twice_lives_in_its_first_slot():
+    nobody, place = jnp.zeros((BATCH, 0), jnp.int32), jnp.tile(jnp.arange(3), (BATCH, 1))
+    map = HardMap(jnp.tile(jnp.array([2, 0, 2]), (BATCH, 1)), nobody, nobody, 4)
+    tokens = Tokens(features(0, 4), position=7 + jnp.tile(jnp.arange(4), (BATCH, 1))).traced()
+    out = apply(Plan(map, how="keep", position=place), tokens)
+    np.testing.assert_array_equal(out.x, features(0, 4)[:, jnp.array([2, 0, 2])])
+    np.testing.assert_array_equal(out.position, place)
+    np.testing.assert_array_equal(out.origin[0], [1, 3, 0, 3])
+
+
 def test_an_empty_plan_does_nothing():
     tokens = Tokens(features(0), size=jnp.ones((BATCH, N)))
     out = apply(Plan(), tokens)

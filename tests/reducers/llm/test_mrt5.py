@@ -3,7 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tokjax.hooks import Hook, ModelInfo
+import tokjax
+from tokjax.hooks import Hook, ModelInfo, losses
+from tokjax.models.t5 import Seq2Seq, T5Config
 from tokjax.reducers import create
 from tokjax.reducers.llm import gates
 from tokjax.reducers.llm.mrt5 import MrT5, excess, gate_loss
@@ -198,6 +200,69 @@ def test_scores_are_read_in_all_attention_that_has_the_gate():
     ]
     assert all(isinstance(hook, Hook) for hook in hooks)
     assert len(MrT5(INFO, layer=2, scores=0.5).hooks(INFO)) == len(MrT5(INFO, hard=False).hooks(INFO)) == 1
+
+
+# In an encoder-decoder
+
+T5 = T5Config(
+    vocab_size=384,
+    length=16,
+    decoder_length=5,
+    width=16,
+    hidden=24,
+    heads=2,
+    head_width=8,
+    depth=3,
+    decoder_depth=2,
+    normaliser="softmax1",
+)
+
+
+def reduced(scale=1.0, **settings):
+    """A T5 with a gate whose logits are spread around 0, `scale` times as wide."""
+    made = tokjax.reduce(tokjax.build(T5), "mrt5", layer=1, **settings)
+    params, rng = made.params, np.random.default_rng(0)
+    params = jax.tree.map(lambda x: x + rng.normal(0, 0.2, x.shape).astype(np.float32), params)
+    out = params["reducers"][0]["out"]
+    params["reducers"][0]["out"] = {"kernel": 3 * scale * out["kernel"], "bias": 0 * out["bias"]}
+    return made.with_params(params)
+
+
+def texts(lengths, width=16):
+    rng = np.random.default_rng(1)
+    ids = rng.integers(3, 259, (len(lengths), width)) * (np.arange(width) < np.array(lengths)[:, None])
+    return Seq2Seq(ids.astype(np.int32), rng.integers(3, 259, (len(lengths), 5)).astype(np.int32))
+
+
+def test_a_model_with_extreme_gates_is_the_same_in_both_forms():
+    x = texts((16, 9, 12))
+    hard = reduced(scale=300.0)
+    out, traced = hard(x, trace=True)
+    np.testing.assert_allclose(out, hard.learning()(x), atol=1e-4)
+    assert (traced.tokens[-1] < traced.tokens[0]).all()
+
+
+def test_a_padded_text_gives_what_it_gives_alone():
+    x = texts((16, 9, 12))
+    short = Seq2Seq(x.ids[1:2, :9], x.decoder_ids[1:2])
+    for model in (reduced(), reduced().learning()):
+        np.testing.assert_allclose(model(x)[1:2], model(short), atol=2e-5)
+
+
+def test_what_rewards_deletion_moves_the_gate_and_what_stands_before_it():
+    learning, x = reduced(scores=0.5).learning(), texts((16, 9))
+
+    def term(params):
+        terms = losses(learning.forward(params, x).tokens.aux)
+        assert set(terms) == {"gate", "scores"}
+        return terms["gate"]
+
+    gradient = jax.jit(jax.grad(term))(learning.params)
+    encoder = gradient["model"]["encoder"]["blocks"]
+    moved = [max(np.abs(leaf).max() for leaf in jax.tree.leaves(part)) > 0 for part in encoder.values()]
+    assert moved == [True, False, False]
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient["reducers"]))
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(gradient["model"]["decoder"]))
 
 
 # Settings
