@@ -19,6 +19,7 @@ from tokjax.bench import flops
 from tokjax.errors import UserError
 from tokjax.generate import Decoding, Generated
 from tokjax.hooks import Hook, ModelInfo, Reducer, check
+from tokjax.models.decoder import Decoder, DecoderConfig
 from tokjax.models.dual import DualConfig, DualOutput, unit
 from tokjax.models.t5 import T5, T5Config
 from tokjax.models.text import Text, TextConfig
@@ -33,7 +34,7 @@ Family = Literal["hf", "timm"]
 Tower = Literal["vision", "text"]
 Place = jax.sharding.Sharding | Callable[[tuple[str | int, ...], tuple[int, ...]], jax.sharding.Sharding]
 _SHORTEST = 64  # lengths of padded texts are multiples of this
-MODULES: dict[type, Any] = {ViTConfig: ViT, TextConfig: Text, T5Config: T5}
+MODULES: dict[type, Any] = {ViTConfig: ViT, TextConfig: Text, T5Config: T5, DecoderConfig: Decoder}
 
 
 class Trace(struct.PyTreeNode):
@@ -283,6 +284,10 @@ class Model:
             step, cache, logits = parts["model"].begin(ids, hooks, length=how.max_tokens, beams=how.beams, **options)
         return generate.run(step, cache, logits, how, key)
 
+    def module(self, params: Mapping[str, Any]) -> Any:
+        """The NNX module with these parameters, for its other functions; within `jax.jit` or outside of it."""
+        return nnx.merge(self._graph, params)["model"]
+
     def with_params(self, params: Mapping[str, Any]) -> "Model":
         """The same model and compiled programs with other parameters of the same shapes."""
         other = object.__new__(Model)
@@ -510,14 +515,16 @@ def _scale_and_bias(temperature: Mapping[str, Array]) -> tuple[Array, Array | No
 
 
 @overload
-def build(config: ViTConfig | TextConfig | T5Config, seed: int = 0, *, preprocess: Any = None) -> Model: ...
+def build(
+    config: ViTConfig | TextConfig | T5Config | DecoderConfig, seed: int = 0, *, preprocess: Any = None
+) -> Model: ...
 @overload
 def build(config: DualConfig, seed: int = 0, *, preprocess: Any = None, tokenizer: Any = None) -> DualModel: ...
 def build(config: Any, seed: int = 0, *, preprocess: Any = None, tokenizer: Any = None) -> Any:
     """A model with random weights.
 
     Args:
-        config: of a ViT, a text encoder, both, or a T5.
+        config: of a ViT, a text encoder, both, a T5, or a decoder.
         seed: of the weights.
         preprocess: from images (for a text encoder: from texts) to the input.
         tokenizer: from texts to ids, of the two-tower model.
@@ -578,7 +585,7 @@ def load(
         return Model(nnx.merge(graph, params), preprocess=preprocess, family=side)
 
     if not isinstance(config, DualConfig):
-        preprocess = checkpoint.tokenizer if isinstance(config, T5Config) else checkpoint.preprocess
+        preprocess = checkpoint.tokenizer if isinstance(config, T5Config | DecoderConfig) else checkpoint.preprocess
         return _with_saved_reducers(model(config, params, preprocess), local / REDUCERS)
     dual = DualModel(
         model(config.vision, params["vision"], checkpoint.preprocess),
@@ -696,7 +703,7 @@ def save(model: Model | DualModel, folder: str | Path, *, dtype: str = "float32"
     else:
         config, params, family = dataclasses.replace(model.config, scan=False), trees[""], model.family
     preprocess, tokenizer = model.preprocess, model.tokenizer if isinstance(model, DualModel) else None
-    if isinstance(config, T5Config):
+    if isinstance(config, T5Config | DecoderConfig):
         preprocess, tokenizer = None, preprocess
     learned = {
         tower + jax.tree_util.keystr(key): np.asarray(leaf)

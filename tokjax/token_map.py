@@ -438,6 +438,7 @@ def _move(plan: Plan, tokens: Tokens) -> Tokens:
         size=size,
         valid=valid,
         position=follow(tokens.position, fill=-1),
+        order=follow(tokens.order, fill=-1),
         key_bias=follow(tokens.key_bias),
         gate=follow(tokens.gate),
         segment=follow(tokens.segment, fill=-1),

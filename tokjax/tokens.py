@@ -24,6 +24,7 @@ class Tokens(struct.PyTreeNode):
     gate: Float[Array, "B N"] | None = None  # 1 there, 0 masked, with a gradient, where masks learn; None: all there
     segment: Int[Array, "B N"] | None = None  # which sequence of its row a token belongs to; None: one a row
     kind: Int[Array, "B N"] | None = None  # special, text, visual, ... where a model mixes them
+    order: Int[Array, "B N"] | None = None  # a causal query sees keys up to its own; None: as `position`
     origin: Int[Array, "B N0"] | None = None  # slot that now holds input token j, N if dropped; None: not traced
     carry: Mapping[str, Any] = struct.field(default_factory=dict)  # state between blocks, moved by its reducer
     aux: Mapping[str, Any] = struct.field(
@@ -90,6 +91,7 @@ def concat(a: Tokens, b: Tokens) -> Tokens:
         x=jnp.concatenate([a.x, b.x], 1),
         size=both("size", 1),
         position=both("position", -1),
+        order=both("order", -1),
         valid=both("valid", True),
         key_bias=both("key_bias", 0),
         gate=both("gate", 1),

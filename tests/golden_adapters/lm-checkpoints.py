@@ -12,13 +12,26 @@ from safetensors.numpy import save_file
 
 import tokjax
 from tokjax.data.corruption import shift_right
+from tokjax.models.decoder import Prompts
 from tokjax.models.t5 import Seq2Seq
 from tokjax.train.losses import cross_entropy
 
 INPUTS = ("param/*", "input_ids", "attention_mask", "labels", "config_json")
 TOLERANCE = {"generate/*_ids": (0, 0), "*": (1e-4, 1e-4)}
+
+
 # What stands at padding is of no meaning.
-COMPARE = {"encoder_hidden_state_*": lambda inputs: (inputs["attention_mask"] == 1)[..., None]}
+def _there(inputs: dict) -> np.ndarray:
+    mask = (inputs["attention_mask"] == 1)[..., None]
+    # A decoder's logits stand at the same places.
+    return mask if "labels" not in inputs else np.ones_like(mask[:1, :1])
+
+
+COMPARE = {
+    "encoder_hidden_state_*": lambda inputs: (inputs["attention_mask"] == 1)[..., None],
+    "hidden_state_*": _there,
+    "logits": _there,
+}
 
 
 def run(case: Path, arrays: dict) -> dict:
@@ -58,7 +71,7 @@ def run_t5(model: tokjax.Model, arrays: dict) -> dict:
     return results | generations(model, inputs, arrays)
 
 
-def generations(model: tokjax.Model, inputs: Seq2Seq, arrays: dict) -> dict:
+def generations(model: tokjax.Model, inputs: Seq2Seq | Prompts, arrays: dict) -> dict:
     """`generate/greedy_ids`, `generate/beam<K>_<length penalty>_ids` and `_scores`."""
     results = {}
     for name in arrays:
@@ -73,4 +86,31 @@ def generations(model: tokjax.Model, inputs: Seq2Seq, arrays: dict) -> dict:
     return results
 
 
-RUN = {"t5": run_t5}
+def run_decoder(model: tokjax.Model, arrays: dict) -> dict:
+    ids, mask = arrays["input_ids"], arrays["attention_mask"] == 1
+    inputs = Prompts(jnp.asarray(ids), jnp.asarray(mask))
+
+    @jax.jit
+    def outputs(params):
+        embedded = model.module(params).embed(inputs).x
+        out = model.forward(params, inputs, states=True)
+        return out.logits, [embedded, *(tokens.x for tokens in out.states[:-1]), out.features]
+
+    logits, states = outputs(model.params)
+    results = {"logits": logits, **{f"hidden_state_{i}": x for i, x in enumerate(states)}}
+    if "decode_row0_logits" not in arrays:
+        return results | generations(model, inputs, arrays)
+    end = int(mask[0].sum())  # the file's row has no padding behind it
+
+    @jax.jit
+    def decoded(params, ids):
+        step, cache, logits = model.module(params).begin(ids, length=1)
+        token = jnp.argmax(logits, -1)
+        return token, step(cache, token)[0]
+
+    token, following = decoded(model.params, jnp.asarray(ids[:1, :end]))
+    results |= {"decode_row0_next_token": token, "decode_row0_logits": following}
+    return results | generations(model, inputs, arrays)
+
+
+RUN = {"t5": run_t5, **dict.fromkeys(("llama", "mistral", "qwen2", "gemma", "gemma2", "opt"), run_decoder)}

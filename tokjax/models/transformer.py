@@ -185,22 +185,35 @@ class Block(nnx.Module):
         drop: Drop | None = None,
     ) -> tuple[Tokens, Tokens]:
         """Attention and MLP with their hooks; also the tokens that the MLP ran on."""
+        return self.run(tokens, hooks, layer, context, drop)[:2]
+
+    def run(
+        self,
+        tokens: Tokens,
+        hooks: Sequence[hk.Hook] = (),
+        layer: int = 0,
+        context: Context | None = None,
+        drop: Drop | None = None,
+    ) -> tuple[Tokens, Tokens, tuple[Tokens, Signals]]:
+        """The same, and what the attention ran on: its tokens and their signals."""
         outside = Signals(context=context or Context())
         tokens, _ = hk.reduce(hooks, "before_block", layer, tokens, outside)
         inside = [outside]  # the signals of this block's attention, once it has run on all tokens
+        attended: list[tuple[Tokens, Signals]] = []
 
         def attend(part: Tokens) -> Array:
             signals = self.attn.signals(part.x, part, outside.context)
             signals = hk.attend(hooks, layer, part, signals)
+            attended.append((part, signals))
             if part.length == tokens.length:
                 inside[0] = signals
             return self._attend(signals, drop)
 
         def branch(where: hk.Where, tokens: Tokens, norm, run, scale: str, salt: int) -> Tokens:
-            y, after = hk.around(hooks, where, layer, tokens.replace(x=norm(tokens.x)), outside, run)
+            y, after = hk.around(hooks, where, layer, tokens.replace(x=self._enter(norm, tokens.x)), outside, run)
             y = getattr(self, scale)(y) if self.scaled else y
             y = y if drop is None else self._dropped(y, (drop[0], layers.fold_in(drop[1], salt)))
-            return after.replace(x=tokens.x + y)
+            return after.replace(x=self._leave(norm, tokens.x + y))
 
         tokens = branch("around_attention", tokens, self.norm1, attend, "ls1", 0)
         tokens, signals = hk.reduce(hooks, "after_attention", layer, tokens, inside[0], then="after_block")
@@ -212,9 +225,17 @@ class Block(nnx.Module):
             return self._feed(part.x, drop)
 
         tokens = branch("around_mlp", tokens, self.norm2, mlp, "ls2", 1)
-        return hk.reduce(hooks, "after_block", layer, tokens, signals)[0], entered[0]
+        return hk.reduce(hooks, "after_block", layer, tokens, signals)[0], entered[0], attended[0]
 
     # What blocks of other kinds do in another way.
+
+    def _enter(self, norm, x: Array) -> Array:
+        """What a branch runs on."""
+        return norm(x)
+
+    def _leave(self, norm, x: Array) -> Array:
+        """The residual stream with a branch added."""
+        return x
 
     def _attend(self, signals: Signals, drop: Drop | None) -> Array:
         return self.attn(signals)
@@ -342,7 +363,8 @@ def _stacked(blocks: list[Block]) -> Block:
 
 def skeleton(kind: Any, cfg: Any) -> Any:
     """The module of a config with shapes for parameters, at once whatever its depth: its blocks are all alike."""
-    plain = dataclasses.replace(cfg, **dict.fromkeys(kind.depths, 1), scan=False)
+    shallow = getattr(cfg, "shallow", {})  # what else must change for a config of one block
+    plain = dataclasses.replace(cfg, **dict.fromkeys(kind.depths, 1), scan=False, **shallow)
     module = nnx.eval_shape(lambda: kind(plain, rngs=nnx.Rngs(0)))
     module.deepen(cfg)
     return module

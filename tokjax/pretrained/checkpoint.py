@@ -23,6 +23,7 @@ from safetensors.numpy import save_file
 from tokjax.data.bytes import VOCABULARY as BYTES
 from tokjax.data.bytes import ByteTokenizer
 from tokjax.errors import UserError
+from tokjax.models.decoder import Decoder, DecoderConfig
 from tokjax.models.dual import DualConfig
 from tokjax.models.layers import unstack
 from tokjax.models.t5 import T5, T5Config
@@ -74,7 +75,7 @@ class Checkpoint:
 def shapes(config: Config) -> dict[str, Any]:
     """The parameter tree of a model with shapes for leaves, blocks unstacked."""
 
-    def tree(kind: Any, tower: ViTConfig | TextConfig | T5Config) -> dict[str, Any]:
+    def tree(kind: Any, tower: ViTConfig | TextConfig | names.TextModel) -> dict[str, Any]:
         module = skeleton(kind, dataclasses.replace(tower, scan=False))
         return nnx.to_pure_dict(nnx.state(module, nnx.Param))
 
@@ -82,6 +83,8 @@ def shapes(config: Config) -> dict[str, Any]:
         return tree(ViT, config)
     if isinstance(config, T5Config):
         return tree(T5, config)
+    if isinstance(config, DecoderConfig):
+        return tree(Decoder, config)
     scalars = ["logit_scale"] + ["logit_bias"] * (config.logit_bias is not None)
     both = {"vision": tree(ViT, config.vision), "text": tree(Text, config.text)}
     return {**both, **dict.fromkeys(scalars, np.empty((), np.float32))}
@@ -112,7 +115,7 @@ def load_checkpoint(
     scan: bool = False,
     place: names.Place | None = None,
 ) -> Checkpoint:
-    """Loads an encoder, the two of an image-text model, or a T5.
+    """Loads an encoder, the two of an image-text model, a T5, or a decoder.
 
     Args:
         path_or_id: a folder, a file (safetensors, torch pickles and archives, `.npz`), or a hub id ("user/name",
@@ -150,11 +153,12 @@ def load_checkpoint(
         except UserError as error:
             raise _of(found.path, error) from error
 
-    if isinstance(config, T5Config):
+    if isinstance(config, names.TextModel):
         if image_size is not None:
             raise ValueError(f"image_size={image_size}: must be None for a model of texts")
-        return Checkpoint(config, read(place), None, source, _tokenizer(found, config.length, config.vocab_size))
-    assert not isinstance(stored, T5Config)
+        length = config.max_length if isinstance(config, DecoderConfig) else config.length
+        return Checkpoint(config, read(place), None, source, _tokenizer(found, length, config.vocab_size))
+    assert not isinstance(stored, names.TextModel)
     if image_size is not None:
         config = _at_size(config, (image_size, image_size) if isinstance(image_size, int) else image_size)
     old, new = vision_of(stored), vision_of(config)
@@ -232,6 +236,8 @@ def _config(fields: dict[str, Any]) -> Config:
     """The inverse of `dataclasses.asdict`."""
     if "decoder_depth" in fields:
         return _fields(T5Config, fields)
+    if "kv_heads" in fields:
+        return _fields(DecoderConfig, fields)
     if "vision" not in fields:
         return _fields(ViTConfig, fields)
     towers = {"vision": _fields(ViTConfig, fields["vision"]), "text": _fields(TextConfig, fields["text"])}
@@ -301,7 +307,7 @@ def write_checkpoint(
     rows = form.naming(config)
     tensors = names.write_tree(rows, shapes(config), _unstacked(params), config)
     tensors |= {name: np.zeros(shape, np.float32) for name, shape in form.blank(config).items()}
-    if form.prefix and not isinstance(config, T5Config) and vision_of(config).num_classes:
+    if form.prefix and not isinstance(config, names.TextModel) and vision_of(config).num_classes:
         heads = tuple(rows[head].files[0] + "." for head in ("head", "head_dist") if head in rows)
         tensors = {name if name.startswith(heads) else form.prefix + name: value for name, value in tensors.items()}
     tensors = {name: tensor.astype(DTYPES[dtype], copy=False) for name, tensor in tensors.items()}

@@ -29,6 +29,7 @@ import jax
 import numpy as np
 
 from tokjax.errors import UserError
+from tokjax.models.decoder import DecoderConfig
 from tokjax.models.dual import DualConfig
 from tokjax.models.t5 import T5Config
 from tokjax.models.vit import ViTConfig
@@ -36,7 +37,8 @@ from tokjax.pretrained.stored import check_float, forget
 
 Kind = Literal["linear", "in_proj", "matrix", "patch", "norm", "array", "vector", "rows", "one", "positions"]
 Path = tuple[str | int, ...]
-Config = ViTConfig | DualConfig | T5Config
+TextModel = T5Config | DecoderConfig
+Config = ViTConfig | DualConfig | TextModel
 Place = Callable[[Path, np.ndarray], Any]
 
 _ROWS = 64  # transposed at a time: twice as fast as a whole matrix, whose columns lie too far apart
@@ -183,7 +185,7 @@ class Leaf:
 
 
 def _vision(config: Config) -> ViTConfig:
-    assert not isinstance(config, T5Config)  # which has no images
+    assert not isinstance(config, TextModel)  # which has no images
     return config.vision if isinstance(config, DualConfig) else config
 
 

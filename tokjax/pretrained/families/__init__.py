@@ -11,10 +11,13 @@ One `Family` a naming; a new one is a table of names, a few functions and a plac
 | `open_clip` | a tower of timm and a text encoder | OpenCLIP's SigLIP |
 | `siglip` | `siglip`, `siglip2` and their vision towers | Hugging Face |
 | `t5` | `t5` (1.0, 1.1, ByT5), `mt5` | Hugging Face |
+| `llama` | `llama`, `mistral`, `qwen2`, `gemma`, `gemma2` | Hugging Face |
+| `opt` | `opt` | Hugging Face |
 | `dino` | `dinov2`, `dinov2_with_registers`, `dinov3_vit`; their authors' names | Hugging Face, facebookresearch |
 """
 
 from tokjax.errors import UserError
+from tokjax.models.decoder import DecoderConfig
 from tokjax.models.dual import DualConfig
 from tokjax.models.t5 import T5Config
 from tokjax.pretrained.families.augreg import AUGREG
@@ -28,7 +31,9 @@ from tokjax.pretrained.families.dino import (
     HF_DINOV2_REGISTERS,
     HF_DINOV3,
 )
+from tokjax.pretrained.families.llama import HF_GEMMA, HF_GEMMA2, HF_LLAMA, HF_MISTRAL, HF_QWEN2
 from tokjax.pretrained.families.open_clip import OPEN_CLIP
+from tokjax.pretrained.families.opt import HF_OPT
 from tokjax.pretrained.families.siglip import HF_SIGLIP, HF_SIGLIP2, HF_SIGLIP2_VISION, HF_SIGLIP_VISION
 from tokjax.pretrained.families.t5 import HF_MT5, HF_T5
 from tokjax.pretrained.families.timm import TIMM, TIMM_EVA
@@ -41,6 +46,7 @@ _HUGGING_FACE = (
     *(HF_SIGLIP, HF_SIGLIP_VISION, HF_SIGLIP2, HF_SIGLIP2_VISION),
     *(HF_DINOV2, HF_DINOV2_REGISTERS, HF_DINOV3),
     *(HF_T5, HF_MT5),
+    *(HF_LLAMA, HF_MISTRAL, HF_QWEN2, HF_GEMMA, HF_GEMMA2, HF_OPT),
 )
 _OTHERS = (AUGREG, OPENAI_CLIP, OPEN_CLIP, DINOV2_UPSTREAM, DINOV2_UPSTREAM_REGISTERS, DINOV3_UPSTREAM)
 FAMILIES: dict[str, Family] = {family.name: family for family in (TIMM, TIMM_EVA, *_HUGGING_FACE, *_OTHERS)}
@@ -94,7 +100,7 @@ def recognise(config: Json, tensors: Readable) -> Family:
 def to_save(model: Config, side: str) -> Family:
     """The family to save a model as: one that can express it, on this side if possible; else one that can name it."""
     able = [family for family in FAMILIES.values() if family.expresses(model)]
-    other = {DualConfig: OPEN_CLIP, T5Config: HF_T5}.get(type(model), TIMM)
+    other = {DualConfig: OPEN_CLIP, T5Config: HF_T5, DecoderConfig: HF_LLAMA}.get(type(model), TIMM)
     return next((family for family in able if family.side == side), able[0] if able else other)
 
 

@@ -7,6 +7,8 @@ import re
 from typing import Any, Literal
 
 from tokjax.errors import UserError
+from tokjax.models.decoder import DecoderConfig
+from tokjax.models.layers import GATED
 from tokjax.models.t5 import T5Config
 from tokjax.models.vit import ViTConfig
 from tokjax.pretrained import names
@@ -61,8 +63,8 @@ class Family:
 
     def naming(self, config: Config) -> Mapping[str, Row]:
         """The rows for one model."""
-        if isinstance(config, T5Config):
-            gated = config.feed == "geglu"
+        if isinstance(config, T5Config | DecoderConfig):
+            gated = config.feed in GATED
         else:
             gated = isinstance(config, ViTConfig) and config.mlp == "swiglu"
         return {**self.rows, **self.gated} if gated else self.rows
