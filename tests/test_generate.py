@@ -14,6 +14,8 @@ from tokjax import generate
 from tokjax.data.bytes import ByteTokenizer
 from tokjax.generate import Decoding
 from tokjax.models.t5 import Seq2Seq, T5Config
+from tokjax.models.transformer import skeleton
+from tokjax.models.vit import ViT, ViTConfig
 
 TINY: dict[str, Any] = {"width": 16, "hidden": 24, "heads": 2, "head_width": 6, "depth": 1, "decoder_depth": 1}
 ENDS = (10, 4, 7)
@@ -31,9 +33,25 @@ def texts():
     return np.where(np.arange(10) < np.array(ENDS)[:, None], ids, 0).astype(np.int32)
 
 
-@pytest.mark.parametrize("reduced", [False, True], ids=["plain", "tome_softmax1"])
-def test_the_cache_gives_what_whole_passes_give(reduced):
-    made = tokjax.reduce(model(normaliser="softmax1"), "tome", r=2) if reduced else model()
+def deleting(hard):
+    """With a gate that deletes some tokens of every text."""
+    made = tokjax.reduce(model(depth=2), "mrt5", layer=1, hard=hard)
+    kernel = jax.random.normal(jax.random.key(5), (16, 1))
+    gate = jax.tree.map(lambda leaf: kernel if leaf.ndim == 2 else leaf, made.params["reducers"])
+    return made.with_params({**made.params, "reducers": gate})
+
+
+MODELS = {
+    "plain": model,
+    "tome_softmax1": lambda: tokjax.reduce(model(normaliser="softmax1"), "tome", r=2),
+    "soft": lambda: deleting(hard=False),
+    "hard": lambda: deleting(hard=True),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_cache_gives_what_whole_passes_give(name):
+    made = MODELS[name]()
     out = made.generate(texts(), max_tokens=6)
     read = np.concatenate([np.zeros((3, 1), np.int32), np.asarray(out.ids)[:, :-1]], 1)
     log_p = np.asarray(jax.nn.log_softmax(made(Seq2Seq(texts(), read))))
@@ -160,6 +178,6 @@ def test_bad_input():
         model().generate(np.full((1, 3), 99))
     with pytest.raises(ValueError, match="made without a tokenizer"):
         model().generate(["a"])
-    image = tokjax.build(tokjax.api.ViTConfig(image_size=(8, 8), patch_size=4, width=8, depth=1, heads=2))
+    images = tokjax.Model(skeleton(ViT, ViTConfig(image_size=(8, 8), patch_size=4, width=8, depth=1, heads=2)))
     with pytest.raises(ValueError, match="gives no tokens"):
-        image.generate(texts())
+        images.generate(texts())

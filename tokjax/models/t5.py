@@ -611,7 +611,7 @@ class T5(nnx.Module):
 
         Args:
             ids: of the texts that are read.
-            hooks: reducers of the encoder. Those of cross-attention, which decide nothing, are not called.
+            hooks: reducers of the encoder. Those that watch cross-attention are not called.
             length: tokens at most, for which the cache has room.
             beams: rows for every text, R in all.
             valid: which of the ids count; None: those that are no padding.
@@ -621,9 +621,12 @@ class T5(nnx.Module):
             How to take a step, the cache, and the logits of the first token.
 
         Raises:
-            ValueError: ids of another shape, or hooks that this model would never call.
+            ValueError: ids of another shape, hooks that this model would never call, or one around cross-attention,
+                which has no cache.
         """
         cfg = self.cfg
+        if around := [hook for hook in hooks if hook.where == "around_cross_attention"]:
+            raise ValueError(f"{type(around[0].reducer).__name__} hooks in around cross-attention, which has no cache")
         memory, _ = self.encode(ids, hooks, valid=valid, key=key)
         blocks: list[Any] = [self.decoder._block(self.decoder.cfg, layer) for layer in range(cfg.decoder_depth)]
         bias = memory.attention_bias()
