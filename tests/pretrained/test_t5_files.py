@@ -115,6 +115,11 @@ def test_stacked_blocks_and_bytes(tmp_path):
 
 def test_a_reduced_model_costs_less():
     model = tokjax.build(T5Config(**{**vars(TINY), "length": 32, "decoder_length": 4}))
+    n, t, c, inner, mlp = 32, 4, 8, 6, 3 * 8 * 12
+    encoder = 2 * (n * (4 * c * inner + mlp) + 2 * n * n * inner)
+    cross = 2 * t * c * inner + 2 * n * c * inner + 2 * t * n * inner
+    decoder = t * (4 * c * inner + mlp) + 2 * t * t * inner + cross
+    assert model.cost().total == encoder + decoder + t * c * 11
     fast = budget.solve("tome", model, macs=0.75).model
     assert 0.7 < fast.cost().total / model.cost().total < 0.8
     fast = tokjax.reduce(model, "tome", r=8)
