@@ -17,9 +17,9 @@ from safetensors.numpy import save_file
 from tokjax import generate, reducers, token_map
 from tokjax.bench import flops
 from tokjax.errors import UserError
-from tokjax.generate import Decoding, Generated
+from tokjax.generate import Decoding, Generated, Going
 from tokjax.hooks import Hook, ModelInfo, Reducer, check
-from tokjax.models.decoder import Decoder, DecoderConfig
+from tokjax.models.decoder import Decoder, DecoderConfig, Prompts
 from tokjax.models.dual import DualConfig, DualOutput, unit
 from tokjax.models.t5 import T5, T5Config
 from tokjax.models.text import Text, TextConfig
@@ -121,6 +121,8 @@ class Model:
         self._traced = jax.jit(functools.partial(self._trace, self.forward))
         self._dense = jax.jit(self._dense_features, static_argnames="fill")
         self._generated = jax.jit(self._generate, static_argnames="how")
+        self._begun = jax.jit(self._begin, static_argnames="how")
+        self._gone_on = jax.jit(self._go_on, donate_argnames="now")
 
     @property
     def info(self) -> ModelInfo:
@@ -245,37 +247,128 @@ class Model:
         *,
         valid: Bool[Array, "B N"] | None = None,
         key: Array | None = None,
+        stream: Callable[[Int[np.ndarray, "B t"], bool], Any] | None = None,
+        every: int = 8,
         **settings: Any,
     ) -> Generated:
         """Reads texts and goes on with them: greedily, by sampling, or by beam search.
 
-        Every combination of settings and shapes is one compiled program.
+        Every combination of settings and shapes is compiled once: for a T5 as one program; for a decoder reading is one
+        and going on another, into which the cache is donated.
 
         Args:
             texts: ids, or strings for `preprocess`; `preprocess.decode` of a row of the result is a string again.
-            valid: which of the ids count; None: those that are no padding.
+            valid: which of the ids count, on either side; None: those that are no padding.
             key: for sampling and for reducers that draw.
-            **settings: fields of `tokjax.generate.Decoding`; end and padding are the model's own.
+            stream: of a decoder, without a search: called as tokens come, with all new ones so far and whether they are
+                the last; see `tokjax.generate.Console`.
+            every: tokens between its calls.
+            **settings: fields of `tokjax.generate.Decoding`; ends and padding are the model's own.
 
         Raises:
-            ValueError: a model of images, ids of another shape or outside of the vocabulary, a setting out of range,
-                or sampling without a key.
+            ValueError: a model of images, ids of another shape or outside of the vocabulary, a text that is empty or
+                too long, a setting out of range, or sampling without a key.
         """
-        if not isinstance(self.config, T5Config):
+        if every < 1:
+            raise ValueError(f"every={every}: must be at least 1")
+        if not self._decodes or settings.get("beams", 1) > 1:
+            if stream is not None:
+                raise ValueError("stream: needs a decoder and beams=1")
+            how, ids, valid = self._to_go_on_with(texts, valid, key, settings)
+            return self._generated(self.params, ids, valid, key, how=how)
+        now = self.begin(texts, valid=valid, key=key, **settings)
+        if stream is None:
+            return self.go_on(now).result
+        end, t = now.how.max_tokens, 1
+        while t < end and bool(now.open.any()):
+            stream(np.asarray(now.ids)[:, :t], False)
+            now = self.go_on(now, t + every)
+            t = int(now.t)
+        stream(np.asarray(now.ids)[:, :t], True)
+        return now.result
+
+    def begin(
+        self,
+        texts: Int[Array, "B N"] | Sequence[str],
+        *,
+        valid: Bool[Array, "B N"] | None = None,
+        key: Array | None = None,
+        **settings: Any,
+    ) -> Going:
+        """The first half of `generate` for decoders: reads texts and chooses the first tokens.
+
+        Raises:
+            ValueError: as `generate`; a beam search; a model that is no decoder.
+        """
+        if not self._decodes:
+            raise ValueError(f"This model is a {MODULES[type(self.config)].__name__}: begin needs a Decoder.")
+        how, ids, valid = self._to_go_on_with(texts, valid, key, settings)
+        return self._begun(self.params, ids, valid, key, how=how)
+
+    def go_on(self, now: Going, until: int | None = None) -> Going:
+        """The second half: goes on to `until` tokens (None: to the end) and gives what can be gone on with again.
+
+        `now` is used up: its arrays are donated.
+        """
+        return self._gone_on(self.params, now, now.how.max_tokens if until is None else until)
+
+    @property
+    def _decodes(self) -> bool:
+        return isinstance(self.config, DecoderConfig)
+
+    def _to_go_on_with(
+        self, texts: Any, valid: Any, key: Any, settings: Mapping[str, Any]
+    ) -> tuple[Decoding, Any, Any]:
+        """Settings, ids and their mask, checked."""
+        cfg = self.config
+        ends: Any
+        if isinstance(cfg, T5Config):
+            ends, pad = cfg.eos_id, cfg.pad_id
+        elif isinstance(cfg, DecoderConfig):
+            ends = cfg.eos_ids or None
+            pad = next(i for i in (cfg.pad_id, *cfg.eos_ids, 0) if i is not None)
+        else:
             raise ValueError("This model gives no tokens that could be gone on with.")
-        how = Decoding(**{"eos_id": self.config.eos_id, "pad_id": self.config.pad_id, **settings})
+        how = Decoding(**{"eos_id": ends, "pad_id": pad, **settings})
         if how.temperature and key is None:
             raise ValueError(f"key=None: temperature={how.temperature} draws tokens, which needs one")
-        if isinstance(texts, Sequence):
-            if self.preprocess is None:
-                raise ValueError("texts are strings: this model was made without a tokenizer, give ids")
+        if not isinstance(texts, Sequence):
+            ids = texts
+        elif self.preprocess is None:
+            raise ValueError("texts are strings: this model was made without a tokenizer, give ids")
+        elif self._decodes:
+            if isinstance(texts, str):
+                raise ValueError(f"texts must be a list of strings, got the string {texts!r}")
+            ids, valid = _padded(self.preprocess.prompts(texts), cfg.max_length, how.pad_id)
+        else:
             ids = self.preprocess(texts)
             longest = int(np.max(np.sum(ids != how.pad_id, 1), initial=1))
             ids = ids[:, : -(-longest // _SHORTEST) * _SHORTEST]  # few lengths, few programs
-        else:
-            ids = texts
-        self.config.check_ids("texts", ids)
-        return self._generated(self.params, ids, valid, key, how=how)
+        cfg.check_ids("texts", ids)
+        if self._decodes:
+            if valid is None and cfg.pad_id is not None:
+                valid = np.asarray(ids) != cfg.pad_id
+            if valid is not None and valid.shape != ids.shape:
+                raise ValueError(f"valid has shape {valid.shape}: must be that of texts, {ids.shape}")
+            counts = np.full(len(ids), ids.shape[1]) if valid is None else np.asarray(valid).sum(1)
+            if not counts.all():
+                raise ValueError(f"texts[{int(np.argmin(counts))}] has no token: there is nothing to go on with")
+            if (most := int(counts.max(initial=0))) + how.max_tokens > cfg.max_length:
+                end = f"goes beyond the {cfg.max_length} positions of this model"
+                raise ValueError(f"max_tokens={how.max_tokens}: with a text of {most} tokens {end}")
+        return how, ids, valid
+
+    def _begin(self, params, ids, valid, key, *, how: Decoding) -> Going:
+        parts: Any = nnx.merge(self._graph, params)
+        with token_map.apply_form(self.form):
+            hooks = self._hooks(parts["reducers"])
+            read = parts["model"].prefill(Prompts(ids, valid), hooks, capacity=how.max_tokens, key=key)
+        return generate.start(read.cache, read.logits, how, key)
+
+    def _go_on(self, params, now: Going, until) -> Going:
+        parts: Any = nnx.merge(self._graph, params)
+        with token_map.apply_form(self.form):
+            return generate.go_on(parts["model"].steps(self._hooks(parts["reducers"])), now, until)
 
     def _generate(self, params, ids, valid, key, *, how: Decoding) -> Generated:
         parts: Any = nnx.merge(self._graph, params)
@@ -389,6 +482,22 @@ class Model:
         c, info = self.config, self.info
         size = f"{c.width}x{c.depth}, {info.prefix}+{info.length - info.prefix} tokens"
         return f"Model({MODULES[type(c)].__name__} {size}, {methods or 'no reducer'})"
+
+
+def _padded(texts: Sequence[Sequence[int]], most: int, pad_id: int) -> tuple[Int[np.ndarray, "B N"], Any]:
+    """Ids padded on the right to one of few lengths, so that few programs serve, and which of them count.
+
+    Raises:
+        ValueError: a text of more than `most` tokens.
+    """
+    counts = [len(text) for text in texts]
+    if wrong := [i for i, count in enumerate(counts) if count > most]:
+        raise ValueError(f"texts[{wrong[0]}] has {counts[wrong[0]]} tokens: must have at most {most}")
+    length = min(most, -(-max([1, *counts]) // _SHORTEST) * _SHORTEST)
+    ids = np.full((len(texts), length), pad_id, np.int32)
+    for row, text in zip(ids, texts, strict=True):
+        row[: len(text)] = text
+    return ids, np.arange(length) < np.array(counts).reshape(-1, 1)
 
 
 def _training(method: Method) -> Mapping[str, Any]:

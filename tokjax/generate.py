@@ -14,7 +14,8 @@ from typing import Any
 from flax import struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
+import numpy as np
 
 Step = Callable[[Any, Int[Array, "B"]], tuple[Float[Array, "B V"], Any]]
 _NEVER = -1e9  # a score that no text has
@@ -34,7 +35,7 @@ class Decoding:
         length_penalty: finished beams are compared by log-probability / length**this; above 0 favours long texts.
         early_stopping: a search ends once there are K finished texts, without a look at whether one that still runs
             could be better.
-        eos_id: ends a text; None: it has `max_tokens`.
+        eos_id: ends a text; several: any of them does; None: it has `max_tokens`.
         pad_id: what stands behind the end.
 
     Raises:
@@ -48,10 +49,12 @@ class Decoding:
     beams: int = 1
     length_penalty: float = 1.0
     early_stopping: bool = False
-    eos_id: int | None = 1
+    eos_id: int | tuple[int, ...] | None = 1
     pad_id: int = 0
 
     def __post_init__(self):
+        if isinstance(self.eos_id, list | tuple):
+            object.__setattr__(self, "eos_id", tuple(self.eos_id) or None)
         for name in ("max_tokens", "beams", "top_k"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -66,6 +69,10 @@ class Decoding:
             raise ValueError(f"beams={self.beams}: a beam search draws nothing, needs temperature=0")
         if not self.temperature and not (self.top_k is None and self.top_p is None):
             raise ValueError(f"top_k={self.top_k}, top_p={self.top_p}: need a temperature above 0")
+
+    def ends(self, token: Int[Array, "*b"]) -> Bool[Array, "*b"]:
+        """Which tokens end a text."""
+        return jnp.isin(token, jnp.asarray(() if self.eos_id is None else self.eos_id, jnp.int32))
 
 
 class Generated(struct.PyTreeNode):
@@ -94,13 +101,95 @@ def run(step: Step, state: Any, logits: Float[Array, "R V"], how: Decoding, key:
     """
     if how.beams > 1:
         return _search(step, state, logits, how)
+    return go_on(step, start(state, logits, how, key), how.max_tokens).result
+
+
+class Going(struct.PyTreeNode):
+    """Texts between two steps, without a search. A program may take one in (donated) and give the next."""
+
+    t: Int[Array, ""]  # tokens that are chosen
+    state: Any  # of the model; the last chosen token is not in it yet
+    ids: Int[Array, "B T"]
+    open: Bool[Array, "B"]  # texts that have not ended
+    length: Int[Array, "B"]
+    score: Float[Array, "B"]
+    keys: Array | None  # one a row
+    how: Decoding = struct.field(pytree_node=False)
+
+    @property
+    def result(self) -> Generated:
+        return Generated(self.ids, self.length, self.score)
+
+
+def start(state: Any, logits: Float[Array, "B V"], how: Decoding, key: Array | None = None) -> Going:
+    """Chooses the first token; arguments and errors as of `run`, which does the whole.
+
+    Raises:
+        ValueError: a beam search, which cannot be interrupted.
+    """
+    if how.beams > 1:
+        raise ValueError(f"beams={how.beams}: a search is not taken step by step, needs beams=1")
     if not how.temperature:
         keys = None
     elif key is None:
         raise ValueError(f"key=None: temperature={how.temperature} draws tokens, which needs one")
     else:
         keys = key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(logits)))
-    return _sample(step, state, logits, how, keys)
+    batch = len(logits)
+    ids = jnp.full((batch, how.max_tokens), how.pad_id, jnp.int32)
+    nothing = jnp.ones(batch, bool), jnp.zeros(batch, jnp.int32), jnp.zeros(batch, jnp.float32)
+    return _advance(Going(jnp.int32(0), state, ids, *nothing, keys, how), logits)
+
+
+def go_on(step: Step, now: Going, until: int | Int[Array, ""]) -> Going:
+    """Goes on to `until` tokens, at most `max_tokens`, or until all texts have ended."""
+    until = jnp.minimum(until, now.how.max_tokens)
+
+    def body(now: Going) -> Going:
+        logits, state = step(now.state, now.ids[:, now.t - 1])
+        return _advance(now.replace(state=state), logits)
+
+    return jax.lax.while_loop(lambda now: (now.t < until) & now.open.any(), body, now)
+
+
+def _advance(now: Going, logits: Float[Array, "B V"]) -> Going:
+    """Chooses a token for every text that has not ended."""
+    how, t, going = now.how, now.t, now.open
+    new = choose(logits, how, None if now.keys is None else jax.vmap(jax.random.fold_in, (0, None))(now.keys, t))
+    log_p = jnp.take_along_axis(jax.nn.log_softmax(logits.astype(jnp.float32)), new[:, None], -1)[:, 0]
+    return now.replace(
+        t=t + 1,
+        ids=now.ids.at[:, t].set(jnp.where(going, new, how.pad_id)),
+        open=going & ~how.ends(new),
+        length=now.length + going,
+        score=now.score + jnp.where(going, log_p, 0),
+    )
+
+
+class Console:
+    """Prints one of the texts as it grows: a `stream` of `Model.generate`.
+
+    Args:
+        decode: from ids [n] to a string, such as `model.preprocess.decode`.
+        row: which of the texts.
+        write: where to; None: standard output.
+    """
+
+    def __init__(self, decode: Callable[[Any], str], row: int = 0, write: Callable[[str], Any] | None = None):
+        self._decode, self._row = decode, row
+        self._write = write or (lambda text: print(text, end="", flush=True))
+        self._printed = ""
+
+    def __call__(self, ids: Int[np.ndarray, "B t"], done: bool) -> None:
+        """All new tokens so far, without what stands behind an end, and whether these are all."""
+        text = self._decode(ids[self._row])
+        if not done:
+            text = text.rstrip("\ufffd")  # of a character only the first bytes
+        if text.startswith(self._printed):
+            self._write(text[len(self._printed) :])
+            self._printed = text
+        if done:
+            self._write("\n")
 
 
 def choose(logits: Float[Array, "B V"], how: Decoding, keys: Array | None) -> Int[Array, "B"]:
@@ -121,29 +210,6 @@ def choose(logits: Float[Array, "B V"], how: Decoding, keys: Array | None) -> In
     if order is not None:
         drawn = jnp.take_along_axis(order, drawn[:, None], -1)[:, 0]
     return drawn.astype(jnp.int32)
-
-
-def _sample(step: Step, state: Any, logits: Array, how: Decoding, keys: Array | None) -> Generated:
-    batch = len(logits)
-
-    def advance(t, logits, ids, going, length, score):
-        new = choose(logits, how, None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, t))
-        log_p = jnp.take_along_axis(jax.nn.log_softmax(logits.astype(jnp.float32)), new[:, None], -1)[:, 0]
-        ids = ids.at[:, t].set(jnp.where(going, new, how.pad_id))
-        goes_on = going if how.eos_id is None else going & (new != how.eos_id)
-        return ids, goes_on, length + going, score + jnp.where(going, log_p, 0)
-
-    def body(carry):
-        t, state, *texts = carry
-        logits, state = step(state, texts[0][:, t - 1])
-        return t + 1, state, *advance(t, logits, *texts)
-
-    empty = jnp.full((batch, how.max_tokens), how.pad_id, jnp.int32)
-    nothing = jnp.ones(batch, bool), jnp.zeros(batch, jnp.int32), jnp.zeros(batch, jnp.float32)
-    carry = (jnp.int32(1), state, *advance(0, logits, empty, *nothing))
-    carry = jax.lax.while_loop(lambda carry: (carry[0] < how.max_tokens) & carry[3].any(), body, carry)
-    _, _, ids, _, length, score = carry
-    return Generated(ids, length, score)
 
 
 class _Beams(struct.PyTreeNode):
@@ -180,7 +246,7 @@ def _search(step: Step, state: Any, logits: Array, how: Decoding) -> Generated:
         source, token = at // vocabulary, (at % vocabulary).astype(jnp.int32)
         ids = jax.vmap(lambda x, i: x[i])(now.ids, source).at[:, :, now.t].set(token)
         ends = jnp.broadcast_to(now.t + 1 == total, token.shape)
-        ends = ends if how.eos_id is None else ends | (token == how.eos_id)
+        ends |= how.ends(token)
 
         length = (now.t + 1).astype(jnp.float32) ** how.length_penalty
         full = (now.done_score > _NEVER / 2).all(1)
@@ -218,6 +284,6 @@ def _search(step: Step, state: Any, logits: Array, how: Decoding) -> Generated:
     if how.eos_id is None:
         length = jnp.full(batch, total, jnp.int32)
     else:
-        ended = ids[:, 0] == how.eos_id
+        ended = how.ends(ids[:, 0])
         length = jnp.where(ended.any(1), ended.argmax(1) + 1, total).astype(jnp.int32)
     return Generated(ids[:, 0], length, scores[:, 0], ids, scores)

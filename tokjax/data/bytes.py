@@ -195,6 +195,11 @@ class ByteTokenizer:
         """`encode` to this length."""
         return encode(texts, self.length)
 
+    def prompts(self, texts: Sequence[str | bytes]) -> list[list[int]]:
+        """The ids of each text to be gone on with: neither padded, nor cut, nor ended."""
+        raw = (text if isinstance(text, bytes) else text.encode("utf-8", "replace") for text in texts)
+        return [[byte + OFFSET for byte in text] for text in raw]
+
     def decode(self, ids: Int[np.ndarray, " n"]) -> str:
         """`decode`: the text of one row of ids."""
         return decode(ids)

@@ -40,6 +40,7 @@ _NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state)\
 _SMALL_HUB_FILES = [
     *(CONFIG, PROCESSOR, OPEN_CLIP_CONFIG, TOKENIZER),
     *("tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "spiece.model"),
+    "chat_template.jinja",
 ]
 _HUB_ID = re.compile(r"(?:hf[-_]hub:)?(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?")
 

@@ -13,7 +13,8 @@ here, from the published code of each family:
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from datetime import datetime
 from functools import partial
 import gzip
 import json
@@ -51,6 +52,8 @@ class Tokenizer:
         bos_id: for whoever asks; None: texts have no start token.
         eos_id: the same for their end.
         pad_side: where the filling stands.
+        template: of conversations, see `chat`.
+        tokens: text of special tokens by their names ("bos_token"), for the template.
 
     Raises:
         ValueError: a length that leaves no room between the special tokens, a pad id that is not in the vocabulary, or
@@ -66,6 +69,8 @@ class Tokenizer:
         bos_id: int | None = None,
         eos_id: int | None = None,
         pad_side: Literal["right", "left"] = "right",
+        template: str | None = None,
+        tokens: Mapping[str, str] | None = None,
     ):
         least = backend.num_special_tokens_to_add(False) + 1
         if length < least:
@@ -75,11 +80,17 @@ class Tokenizer:
         pad_token = backend.id_to_token(pad_id) if pad_id >= 0 else None
         if pad_token is None:
             raise ValueError(f"pad_id must be in the vocabulary of {backend.get_vocab_size()}, got {pad_id}")
-        backend.enable_truncation(length)
-        backend.enable_padding(direction=pad_side, pad_id=pad_id, pad_token=pad_token, length=length)
         self.backend, self.length = backend, length
         self.pad_id, self.bos_id, self.eos_id = pad_id, bos_id, eos_id
-        self.pad_side = pad_side
+        self.pad_side, self.template, self.tokens = pad_side, template, dict(tokens or {})
+        self._set_length()
+
+    def _set_length(self) -> None:
+        pad_token = self.backend.id_to_token(self.pad_id)
+        self.backend.enable_truncation(self.length)
+        self.backend.enable_padding(
+            direction=self.pad_side, pad_id=self.pad_id, pad_token=pad_token, length=self.length
+        )
 
     @property
     def vocab_size(self) -> int:
@@ -100,6 +111,57 @@ class Tokenizer:
                 raise ValueError(f"texts[{index}] must be a string, got {type(text).__name__} {text!r}")
         ids = [encoding.ids for encoding in self.backend.encode_batch(texts)]
         return np.array(ids, np.int32).reshape(len(texts), self.length)
+
+    def prompts(self, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
+        """The ids of each text to be gone on with, neither padded nor cut.
+
+        Args:
+            texts: strings.
+            special: whether the tokenizer adds its special tokens; what a chat template gives has them already. An end
+                of text is never added.
+        """
+        self.backend.no_padding()
+        self.backend.no_truncation()
+        try:
+            ids = [encoding.ids for encoding in self.backend.encode_batch(list(texts), add_special_tokens=special)]
+        finally:
+            self._set_length()
+        ended = special and self.eos_id is not None
+        return [row[:-1] if ended and len(row) > 1 and row[-1] == self.eos_id else row for row in ids]
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], *, answer: bool = True, **values: Any) -> str:
+        """A conversation as the one text that the model was trained on, for `prompts` with `special=False`.
+
+        Args:
+            messages: with "role" and "content" each.
+            answer: whether the answer's beginning stands at the end.
+            **values: what else the template reads.
+
+        Raises:
+            UserError: no template came with the tokenizer, the jinja2 package is not installed, or the template refuses
+                the messages.
+        """
+        if self.template is None:
+            raise UserError("this tokenizer has no chat template (tokenizer_config.json: chat_template)")
+        try:
+            from jinja2 import TemplateError
+            from jinja2.sandbox import ImmutableSandboxedEnvironment
+        except ImportError as error:
+            raise UserError("a chat template needs the jinja2 package: pip install jinja2") from error
+
+        def refuse(message: str) -> None:
+            raise TemplateError(message)
+
+        sandbox = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        sandbox.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+        sandbox.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+        try:
+            made = sandbox.from_string(self.template)
+            return made.render(messages=messages, add_generation_prompt=answer, **{**self.tokens, **values})
+        except TemplateError as error:
+            raise UserError(f"the chat template does not take these messages: {error}") from error
 
     def decode(self, ids: Int[np.ndarray, " n"]) -> str:
         """The text of one row of ids, without special tokens."""
@@ -185,6 +247,8 @@ class Tokenizer:
             bos_id=bos_id if alone[:1] == [bos_id] else None,
             eos_id=eos_id if alone[-1:] == [eos_id] else None,
             pad_side="left" if settings.get("padding_side") == "left" else "right",
+            template=_template(folder, settings),
+            tokens={name: text for name, text in tokens.items() if text is not None},
         )
 
     @classmethod
@@ -235,9 +299,21 @@ class Tokenizer:
             # is called special is cut out of texts.
             if index is not None and (token := self.backend.id_to_token(index)) in special:
                 settings[name] = token
+        if self.template is not None:
+            settings = {**self.tokens, **settings, "chat_template": self.template}
         texts = self.backend.to_str(pretty=True), json.dumps(settings, indent=2) + "\n"
         for name, text in zip(FILES, texts, strict=True):
             write_whole(Path(folder) / name, partial(Path.write_text, data=text, encoding="utf-8"))
+
+
+def _template(folder: Path, settings: dict[str, Any]) -> str | None:
+    """The chat template: of a file of its own, or of the settings; the default one of several."""
+    if (path := folder / "chat_template.jinja").is_file():
+        return path.read_text("utf-8")
+    said = settings.get("chat_template")
+    if isinstance(said, list):
+        said = {each.get("name"): each.get("template") for each in said if isinstance(each, dict)}.get("default")
+    return said if isinstance(said, str) else None
 
 
 _SPECIAL = ("bos_token", "eos_token", "pad_token")
