@@ -12,6 +12,11 @@ Without a path it reads the text that is embedded in the package. Another rate o
 python -m tokjax.main --config=configs/mrt5_text.py --mode=eval --workdir=runs/mrt5_news \
     --config.data.path=FOLDER_OF_LANGUAGES --config.data.source=languages --config.data.test_split=all
 
+MrT5 at three rates against what else shortens such an encoder, all trained alike (`:study-short`: minutes):
+
+python -m tokjax.main --config=configs/mrt5_text.py:study --config.data.path='FOLDER/english_news_{split}.txt' \
+    --config.study.languages=FOLDER_OF_LANGUAGES --workdir=runs/mrt5_study
+
 Continued pre-training of a published ByT5, with the paper's settings (Kallini et al., ICLR 2025; 5,000 steps of 2^20
 bytes on mC4 in 15 languages, one folder of `LANGUAGE.txt` files):
 
@@ -21,21 +26,24 @@ python -m tokjax.main --config=configs/mrt5_text.py:byt5-small --config.init=goo
 
 import ml_collections
 
-from tokjax.tasks.byte_lm import default_config, model_config
+from tokjax.tasks import byte_lm, byte_study
+from tokjax.tasks.byte_lm import model_config
 
 PUBLISHED = ("byt5-small", "byt5-base", "byt5-large")
+RATES = (0.3, 0.5, 0.7)  # of deletion, in the study
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-    """`arg`: "small" (two cores), or a published size; "-plain" behind it: without a reducer."""
+    """`arg`: "small" or a published size, with "-plain" behind it without a reducer; "study" or "study-short"."""
     name = arg or "small"
+    if name in ("study", "study-short"):
+        return study(name == "study-short")
     size = name.removesuffix("-plain")
     if size not in ("small", *PUBLISHED):
-        raise ValueError(f"{arg!r}: must be one of small, {', '.join(PUBLISHED)}, with or without -plain")
-    config = default_config()
+        raise ValueError(f"{arg!r}: must be one of small, {', '.join(PUBLISHED)}, with or without -plain, study")
+    config = byte_lm.default_config()
     config.title = "MrT5"
     config.train.optimiser.weight_decay = 0.0
-    config.train.optimiser.clip_norm = 1.0
     layer = small(config) if size == "small" else published(config, size)
     if name == size:
         config.reduce = ml_collections.ConfigDict({"name": "mrt5", "layer": layer})
@@ -79,3 +87,30 @@ def published(config: ml_collections.ConfigDict, size: str) -> int:
     config.train.optimiser.lr = 1e-4
     config.train.optimiser.accumulate = 16
     return 3
+
+
+def study(short: bool) -> ml_collections.ConfigDict:
+    """Every method on the small model; `short`: three of them, one seed, few steps."""
+    config = byte_study.default_config()
+    config.title = "Shorter encoders of bytes"
+    config.train.optimiser.weight_decay = 0.0
+    layer = small(config)
+
+    def method(family: str, name: str = "", rate: float | None = None, /, changes: dict | None = None, **settings):
+        label = family if rate is None else f"{family} {rate:g}"
+        reduce = {"name": name, "layer": layer, **settings} if name else {"name": ""}
+        return {"label": label, "family": family, "reduce": reduce, "changes": changes or {}}
+
+    plain, alone = method("ByT5"), method("decoder alone", changes={"data.decoder_only": True})
+    steered = [method("MrT5", "mrt5", rate, {"control.target": rate}) for rate in RATES]
+    drawn = [method("random", "byte_random", rate, rate=rate) for rate in RATES]
+    fixed = [method("ends of words", "byte_fixed", rate, amount=rate) for rate in RATES]
+    pooled = [method("predicted boundaries", "boundary_pooling", rate, prior=round(1 - rate, 1)) for rate in RATES]
+    cut = [method("convolution", "conv_pooling", stride, stride=stride) for stride in (2, 3)]
+    config.study.methods = (plain, *steered, *drawn, *fixed, *pooled, *cut, alone)
+    if short:
+        config.study.methods, config.study.seeds = (plain, steered[1], drawn[1]), (0,)
+        config.train.total_steps = config.train.eval_every = config.train.checkpoint_every = 60
+        config.train.optimiser.warmup_steps = 6
+        config.data.test_subset = 100
+    return config

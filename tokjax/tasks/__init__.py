@@ -28,6 +28,7 @@ MODES = (
 TASKS = {  # name -> module beside this one and class in it; imported when it runs
     "a_clip": ("a_clip", "AClip"),
     "byte_lm": ("byte_lm", "ByteLM"),
+    "byte_study": ("byte_study", "ByteStudy"),
     "classify": ("classify", "Classify"),
     "compare": ("compare", "Compare"),
     "features": ("features", "FrozenFeatures"),

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import dataclasses
 import functools
 import sys
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +20,9 @@ from ml_collections import config_dict
 import numpy as np
 from tqdm import tqdm
 
-from tokjax import api, parallel, reducers, viz
+from tokjax import api, buckets, parallel, reducers, viz
 from tokjax.bench import bytes as measures
-from tokjax.bench import report
+from tokjax.bench import report, timing
 from tokjax.data import text
 from tokjax.data.bytes import ByteTokenizer
 from tokjax.data.corruption import IGNORE
@@ -36,6 +36,7 @@ from tokjax.train.losses import cross_entropy
 from tokjax.train.state import LossFn
 
 STEERED = "gate"  # the term of the loss whose weight is fixed or steered
+TIMES = ("encoder_ms", "encoder_speedup", "ms", "speedup")
 COUNTS = ("tokens", "deleted", "starved", "overflow")  # what reducers note row by row
 
 
@@ -68,6 +69,13 @@ def default_config() -> ml_collections.ConfigDict:
     control.k_i = 1e-5
     control.delay = 0  # steps at the start with weight 0
 
+    config.bench = bench = ml_collections.ConfigDict()  # time of test batches, deleted bytes gone, beside no reducer
+    bench.batch_size = 8
+    bench.batches = 4
+    bench.capacities = 8  # lengths that programs are made for, in equal steps, or a tuple of them
+    bench.repeats = 5
+    bench.seconds = 0.5
+
     config.viz = ml_collections.ConfigDict()
     config.viz.texts = 6  # test texts to draw, the first of each language
     config.viz.bytes = 160  # of each
@@ -90,7 +98,7 @@ def model_config(name: str = "", **changes: Any) -> ml_collections.ConfigDict:
 class ByteLM(Experiment):
     """Bits per byte, whole targets that are right, and how many bytes the encoder deletes."""
 
-    modes = ("train", "eval", "viz")
+    modes: ClassVar[tuple[str, ...]] = ("train", "eval", "bench", "viz")
     metrics = ("bits_per_byte", "sequence_accuracy", "deleted")
 
     @property
@@ -273,23 +281,22 @@ class ByteLM(Experiment):
             }
         if row["deleted"]:
             row["by_class"] = dict(measures.deletion_by_class(found["by_class"]))
-        return {**row, "macs_relative": self.share_of_macs(model, rows[:, 4])}
+        macs = self.macs(model, rows[:, 4])
+        return {**row, "macs": macs, "macs_relative": macs / model.unreduced.cost().total}
 
-    def share_of_macs(self, model: api.Model, tokens: Float[np.ndarray, " n"]) -> float:
-        """Of the model without reducers, for texts of full length of which these numbers of tokens are left.
+    def macs(self, model: api.Model, tokens: Float[np.ndarray, " n"]) -> float:
+        """Of one text of full length, the mean over texts of which these numbers of tokens are left.
 
         A reducer that deletes what the data allow costs as with a capacity of what is left; the cost is a polynomial of
         degree two in it.
         """
-        whole, registered = model.unreduced.cost().total, _registered(model)
-        if registered is None or registered.length != "dynamic":
-            return model.cost().total / whole
+        if not model.methods or "capacity" not in reducers.settings_of(model.methods[-1].name):
+            return float(model.cost().total)
         method, n = model.methods[-1], model.info.length
-        field = registered.knob.field
         points = sorted({max(1, n // 4), max(1, n // 2), n})
-        costs = [api.reduce(model.unreduced, method.name, **{**method.settings, field: m}).cost().total for m in points]
-        fitted = np.polyfit(points, costs, len(points) - 1)
-        return float(np.polyval(fitted, np.minimum(tokens, n)).mean() / whole)
+        reduced = [api.reduce(model.unreduced, method.name, **{**method.settings, "capacity": m}) for m in points]
+        fitted = np.polyfit(points, [each.cost().total for each in reduced], len(points) - 1)
+        return float(np.polyval(fitted, np.minimum(tokens, n)).mean())
 
     def eval(self) -> None:
         """The metrics of the workdir's model on the test data, bytes deleted and bytes only masked (soft)."""
@@ -307,6 +314,62 @@ class ByteLM(Experiment):
             for name, part in row.get("by_group", {}).items():
                 told = ", ".join(f"{key} {value:.3f}" for key, value in part.items())
                 print(f"{row['method']} {row['form']} {name}: {told}")
+
+    # Time
+
+    def bench(self) -> None:
+        """Times the workdir's model on test texts, deleted bytes gone, beside the same model without its reducer."""
+        model = self.model()
+        label = " + ".join(method.name for method in model.methods)
+        models = {"no reducer": (self, model.unreduced)} | ({label: (self, model)} if model.methods else {})
+        rows = self.timed_rows(models)
+        for row in rows:
+            report.append_jsonl(self.workdir / RESULTS, {"mode": "bench", **row, **timing.device_summary()})
+        report.print_table(rows, ["method"], extra=["batch", *TIMES], group=())
+
+    def timed_rows(self, models: Mapping[str, tuple["ByteLM", api.Model]]) -> list[dict[str, Any]]:
+        """Milliseconds a text, and how many times faster than the first, of the encoder and in all, in one run.
+
+        The time of the encoder includes one step of the decoder. Where lengths depend on the data the model runs in
+        buckets (`tokjax.buckets`), the reading of the counts included.
+
+        Args:
+            models: by label, each with the task that gives its texts.
+        """
+        config = self.config.bench
+        runs: dict[str, Callable[[], list[Array]]] = {}
+        for label, (part, model) in models.items():
+            texts = part.some(config.batch_size * config.batches)
+            call: Callable[[Seq2Seq], Any] = model
+            if any(reducers.entry(method.name).length == "dynamic" for method in model.methods):
+                call = buckets.Bucketed(model, config.capacities, rows=config.batch_size)
+            for name, steps in (("encoder", 1), ("total", None)):
+                cut = [Seq2Seq(ids, decoder_ids[:, :steps]) for ids, decoder_ids in texts]
+                runs[f"{label} {name}"] = functools.partial(_all, call, cut)
+        with user_input():
+            times = timing.interleaved(runs, repeats=config.repeats, min_seconds=config.seconds)
+        rows, first = [], next(iter(models))
+        for label in models:
+            row: dict[str, Any] = {"method": label, "batch": config.batch_size}
+            for name, prefix in (("encoder", "encoder_"), ("total", "")):
+                this = times[f"{label} {name}"]
+                row[f"{prefix}ms"] = 1000 * this.median_s / (config.batch_size * config.batches)
+                row[f"{prefix}speedup"] = timing.ratio(times[f"{first} {name}"], this)
+            rows.append(row)
+        return rows
+
+    def some(self, count: int) -> list[tuple[Array, Array]]:
+        """Ids of so many test texts (of few: again from the first), in batches of `config.bench`."""
+        rows: list[tuple[np.ndarray, np.ndarray]] = []
+        for batch in self.test_loader():
+            valid = batch["valid"]
+            rows += list(zip(batch["ids"][valid], batch["decoder_ids"][valid], strict=True))
+            if len(rows) >= count:
+                break
+        rows = [rows[i % len(rows)] for i in range(count)]
+        size = self.config.bench.batch_size
+        parts = [rows[start : start + size] for start in range(0, count, size)]
+        return [(jnp.stack([ids for ids, _ in part]), jnp.stack([ids for _, ids in part])) for part in parts]
 
     # Pictures
 
@@ -343,6 +406,10 @@ class ByteLM(Experiment):
         return [row for rows in found.values() for row in rows[:share]][: config.texts]
 
 
+def _all(call: Callable[[Seq2Seq], Any], batches: Iterable[Seq2Seq]) -> list[Array]:
+    return [jnp.asarray(call(inputs)) for inputs in batches]
+
+
 def target_loss(logits: Float[Array, "B T V"], labels: Array) -> Float[Array, ""]:
     """Mean cross-entropy over the ids that are predicted (labels that are not -100), of all rows together."""
     return cross_entropy(
@@ -361,8 +428,9 @@ def noted(out: Any) -> dict[str, Array]:
 def left(out: Any) -> Array:
     """Tokens of every row that the decoder attends to: those that are there, less those that a gate counts as gone."""
     counts = noted(out)
-    gone = counts.get("deleted", 0) if "starved" in counts and "overflow" not in counts else 0
-    return out.encoder.count() - gone
+    if "overflow" in counts or "deleted" not in counts:  # they are gone already
+        return out.encoder.count()
+    return out.encoder.count() - counts["deleted"] + counts.get("starved", 0)  # such a row keeps its first token
 
 
 def kept(out: Any) -> Array:
@@ -382,7 +450,3 @@ def summary(rows: Float[np.ndarray, "n 7"]) -> dict[str, Any]:
         "overflow": int(overflow.sum()),
         "texts": len(rows),
     }
-
-
-def _registered(model: api.Model) -> reducers.Entry | None:
-    return reducers.REGISTRY.get(model.methods[-1].name) if model.methods else None
