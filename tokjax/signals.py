@@ -138,6 +138,41 @@ def attention_rows(signals: Signals, queries: Queries = slice(None)) -> Float[Ar
     return jax.nn.softmax(l, -1)
 
 
+def slot_order(tokens: Tokens) -> Int[Array, "B N"]:
+    """The causal order of tokens, that of their slots where they have none."""
+    if tokens.order is not None:
+        return tokens.order
+    if tokens.position is not None and tokens.position.ndim == 2:
+        return tokens.position
+    return jnp.broadcast_to(jnp.arange(tokens.length, dtype=jnp.int32), tokens.x.shape[:2])
+
+
+def last_slot(tokens: Tokens) -> Int[Array, "B"]:
+    """The slot of the last token of every row in causal order; of a row without any, the first slot."""
+    order = slot_order(tokens)
+    return jnp.argmax(order if tokens.valid is None else jnp.where(tokens.valid, order, -1), 1).astype(jnp.int32)
+
+
+def last_row(tokens: Tokens, signals: Signals) -> Float[Array, "B H N"]:
+    """How much the last token of every row attends to every token, float32."""
+    last = last_slot(tokens)[:, None]
+
+    def take(x: Array) -> Array:  # the last row of [B, H, N, N]
+        at = jnp.broadcast_to(last[:, None, :, None], (tokens.batch, x.shape[1], 1, x.shape[3]))
+        return jnp.take_along_axis(jnp.broadcast_to(x, (tokens.batch, *x.shape[1:])), at, 2)
+
+    if signals.weights is not None:
+        return take(signals.weights)[:, :, 0].astype(jnp.float32)
+    query = jnp.take_along_axis(signals.need("query"), last[:, :, None, None], 1)
+    bias = signals.bias if signals.bias is None or signals.bias.shape[2] == 1 else take(signals.bias)
+    if signals.pair_bias is not None:
+        pairs = take(signals.pair_bias(slice(None)))
+        bias = pairs if bias is None else bias + pairs
+    rule = dataclasses.replace(signals.rule, causal=False)  # it sees all
+    one = signals.replace(query=query, bias=bias, pair_bias=None, rule=rule, lse=None)
+    return attention_rows(one)[:, :, 0]
+
+
 def cls_attention(signals: Signals) -> Float[Array, "B N"]:
     """How much token 0 (CLS) attends to every token, mean over heads."""
     return attention_rows(signals, slice(0, 1)).mean(1)[:, 0]

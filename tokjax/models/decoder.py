@@ -27,7 +27,7 @@ from tokjax.models import cache as kv
 from tokjax.models import layers
 from tokjax.models.cache import Cache, Group, Kept
 from tokjax.models.transformer import SITES, Block, Blocks, LayerTrace
-from tokjax.signals import AttentionRule, Context, Queries, Signals
+from tokjax.signals import AttentionRule, Context, Queries, Signals, last_slot
 from tokjax.token_map import rows
 from tokjax.tokens import MASKED, Tokens
 
@@ -600,7 +600,7 @@ class Decoder(Blocks):
         for hook in hk.at(hooks, "after_prefill"):
             cache = hook(cache, tokens)
         features = self.normed(tokens.x)
-        last = rows(features, last_token(tokens)[:, None])
+        last = rows(features, last_slot(tokens)[:, None])
         return Prefilled(cache, self.logits(last)[:, 0], features, tokens)
 
     def embed(self, inputs: Any) -> Tokens:
@@ -854,10 +854,3 @@ def _places(x: Array, valid: Bool[Array, "B N"] | None) -> Int[Array, "B N"]:
     if valid is None:
         return jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), x.shape[:2])
     return jnp.where(valid, jnp.cumsum(valid, 1, dtype=jnp.int32) - 1, -1)
-
-
-def last_token(tokens: Tokens) -> Int[Array, "B"]:
-    """The slot of the last token of every row in causal order; of a row without any, the first slot."""
-    order = tokens.position if tokens.order is None else tokens.order
-    assert order is not None
-    return jnp.argmax(order if tokens.valid is None else jnp.where(tokens.valid, order, -1), 1).astype(jnp.int32)

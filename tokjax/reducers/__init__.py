@@ -20,6 +20,8 @@ from tokjax.reducers.chain import Chain, levels
 from tokjax.reducers.diffusion.tomesd import ToMeSD
 from tokjax.reducers.diffusion.tomesd import rates as merge_rates
 from tokjax.reducers.llm.byte_baselines import BoundaryPooling, ByteFixed, ByteRandom, ConvPooling
+from tokjax.reducers.llm.fastv import FastV
+from tokjax.reducers.llm.fastv import rates as fastv_rates
 from tokjax.reducers.llm.mrt5 import MrT5
 from tokjax.reducers.vit.aclip import AClip, super_patch
 from tokjax.reducers.vit.ats import ATS
@@ -494,6 +496,14 @@ REGISTRY: dict[str, Entry] = {
         neutral={"stride": 1},
         learned=True,
         example={"stride": 2},
+    ),
+    "fastv": Entry(
+        make=FastV,
+        kind="prune",
+        paper="Chen et al., FastV, ECCV 2024",
+        needs=("the last token's attention",),
+        knob=Knob("keep_rate", "[0, 1]", fastv_rates),
+        neutral={"keep_rate": 1.0},
     ),
     "random": Entry(
         make=Random,
