@@ -8,6 +8,7 @@ import pytest
 import tokjax
 from tokjax import budget
 from tokjax.bench.flops import vit_macs
+from tokjax.models.t5 import Seq2Seq, T5Config
 from tokjax.models.vit import ViTConfig
 from tokjax.reducers import REGISTRY, create
 
@@ -161,3 +162,21 @@ def test_what_solve_refuses(model, settings, words):
         budget.solve("tome", model, **settings)
     with pytest.raises(ValueError, match="did you mean 'tome'"):
         budget.solve("tomee", model, macs=0.5)
+
+
+def test_a_gate_in_a_text_encoder_is_counted_by_what_it_leaves():
+    """Nothing deleted costs all of it; a lower threshold costs what the formula says of the tokens that are left."""
+    sizes = {"length": 12, "decoder_length": 4, "width": 16, "hidden": 24, "heads": 2, "head_width": 4, "depth": 4}
+    texts = tokjax.build(T5Config(vocab_size=32, decoder_depth=1, **sizes))
+    ids = np.random.default_rng(0).integers(3, 32, (3, 12)).astype(np.int32)
+    inputs = Seq2Seq(ids, ids[:, :4])
+    open_, shut = (tokjax.reduce(texts, "mrt5", layer=1, threshold=t) for t in (-31.0, -9.0))
+    assert budget.counted_macs(open_, inputs) == open_.cost().total
+    left = np.asarray(shut(inputs, trace=True)[1].tokens[1])
+    assert left.min() > 0 and left.max() < 12
+
+    def block(n):
+        return n * (4 * 16 * 8 + 3 * 16 * 24) + 2 * n**2 * 8
+
+    saved = 3 * np.mean(block(12) - block(left))  # the three blocks behind the gate
+    assert budget.counted_macs(shut, inputs) == round(shut.cost().total - saved)

@@ -176,17 +176,19 @@ def counted_macs(model: api.Model, inputs: PyTree) -> int:
     """Multiply-accumulates of the mean input of a batch, where a block costs what its valid tokens would cost alone.
 
     That is the cost at capacity without the share of empty slots: the blocks' projections, MLPs and attention. What
-    reducers add, and what lies outside the blocks, counts at capacity. Attention has the tokens that the block before
-    left, or those of its own MLP where a reducer stands before the block.
+    reducers add, and what lies outside the blocks, counts at capacity; of a T5 that is also its decoder. Attention has
+    the tokens that the block before left, or those of its own MLP where a reducer stands before the block. A T5's texts
+    are as long as those that its cost is counted for.
     """
-    layers = model(inputs, trace=True)[1].layers
-    blocks = model.params["model"]["blocks"]
+    layers, module = model(inputs, trace=True)[1].layers, model.params["model"]
+    blocks = module.get("encoder", module)["blocks"]
     of = {0: jax.tree.map(lambda leaf: leaf[0], blocks)} if model.config.scan else blocks
 
     def kernels(tree: PyTree) -> int:
         return sum(leaf.size for path, leaf in jax.tree.leaves_with_path(tree) if path[-1].key == "kernel")
 
-    projections, mlp, width = kernels(of[0]["attn"]), kernels(of[0]["mlp"]), model.info.width
+    projections, mlp = kernels(of[0]["attn"]), kernels(of[0]["mlp"])
+    width = of[0]["attn"]["proj"]["kernel"].shape[0]  # of all heads together
 
     def block(attended: Any, entered: Any) -> Any:
         return attended * projections + 2 * attended**2 * width + entered * mlp
