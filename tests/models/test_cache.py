@@ -1,0 +1,212 @@
+"""The cache of a decoder: what of it a step may depend on, eviction and compaction, rotation, size, sharding."""
+
+import dataclasses
+import functools
+
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+import numpy as np
+import pytest
+from test_decoder import GEMMA2, LENGTHS, QUICK, TINY, Drops, batch, model
+
+from tokjax.models import cache as kv
+
+G = 3
+INDEX = st.integers(0, 2**31 - 1)
+quickly = settings(max_examples=8, deadline=None)
+
+
+@functools.cache
+def program(cfg):
+    """A prompt that has lost tokens behind block 0, and two steps: their logits and the cache behind them."""
+    graph, params = model(cfg)
+    hooks = Drops().hooks(cfg.info)
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def read():
+        return nnx.merge(graph, params).prefill(batch(), hooks, capacity=G).cache
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def go_on(cache):
+        step = nnx.merge(graph, params).steps()
+        one, cache = step(cache, jnp.array([3, 4, 5]))
+        two, cache = step(cache, jnp.array([6, 7, 8]))
+        return jnp.stack([one, two]), cache
+
+    return jax.tree.map(np.asarray, read()), go_on
+
+
+@functools.cache
+def plain(cfg=TINY):
+    cache, go_on = program(cfg)
+    return np.asarray(go_on(cache)[0])
+
+
+def each(cache, change):
+    return cache.replace(groups=tuple(change(group) for group in cache.groups))
+
+
+def taken(group, slots):
+    """The same tokens in other slots [B, P'] of the prompt; -1 is an empty one, with rubbish in it."""
+    old = group.prompt
+    there = slots >= 0
+
+    def move(x, axis, empty):
+        x = np.asarray(x)
+        index = np.where(there, slots, 0)
+        index = index[:, None, :, None] if x.ndim == 4 else index
+        new = np.take_along_axis(np.take(x, range(old), axis), np.broadcast_to(index, index.shape), axis)
+        new = np.where(there[:, None, :, None] if x.ndim == 4 else there, new, empty)
+        return np.concatenate([new, np.take(x, range(old, x.shape[axis]), axis)], axis).astype(x.dtype)
+
+    told = {"position": 3, "order": 1, "kind": 1, "valid": False, "bias": 0.0}
+    fields = {n: move(getattr(group, n), 1, e) for n, e in told.items() if getattr(group, n) is not None}
+    keys, values = (tuple(move(x, 2, 7.0) for x in buffers) for buffers in (group.keys, group.values))
+    return group.replace(keys=keys, values=values, prompt=slots.shape[1], **fields)
+
+
+@quickly
+@given(seed=INDEX)
+def test_the_order_of_slots_does_not_matter(seed):
+    rng = np.random.default_rng(seed)
+    cache, go_on = program(TINY)
+    shuffled = each(cache, lambda g: taken(g, np.stack([rng.permutation(g.prompt) for _ in LENGTHS])))
+    np.testing.assert_allclose(go_on(shuffled)[0], plain(), atol=2e-5)
+
+
+@quickly
+@given(seed=INDEX)
+def test_empty_slots_change_nothing(seed):
+    rng = np.random.default_rng(seed)
+    cache, go_on = program(GEMMA2)
+
+    def wider(group):
+        slots = np.full((3, group.prompt + 2), -1)
+        for row in slots:
+            row[np.sort(rng.permutation(group.prompt + 2)[: group.prompt])] = range(group.prompt)
+        return taken(group, slots)
+
+    np.testing.assert_allclose(go_on(each(cache, wider))[0], plain(GEMMA2), atol=2e-5)
+
+
+@quickly
+@given(row=st.integers(0, 2), seed=INDEX)
+def test_rows_do_not_meet(row, seed):
+    """What the other rows hold, and whether they hold anything."""
+    rng = np.random.default_rng(seed)
+    cache, go_on = program(TINY)
+    others = np.arange(3) != row
+
+    def strange(group):
+        def noise(x):
+            return np.where(others[:, None, None, None], rng.normal(size=x.shape), x).astype(x.dtype)
+
+        valid = group.valid & ~(others[:, None] & (rng.random(group.valid.shape) < 0.7))
+        return group.replace(keys=tuple(map(noise, group.keys)), values=tuple(map(noise, group.values)), valid=valid)
+
+    out = go_on(each(cache, strange))[0]
+    assert np.isfinite(out).all()
+    np.testing.assert_allclose(out[:, row], plain()[:, row], atol=2e-5)
+
+
+@quickly
+@given(seed=INDEX, heads=st.booleans(), protect=st.booleans())
+def test_evicting_and_compacting_are_one(seed, heads, protect):
+    """Five slots of each group, with a set for every row or every head."""
+    rng = np.random.default_rng(seed)
+    cache, go_on = program(TINY)
+
+    def both(group):
+        shape = (3, 2, group.slots) if heads else (3, group.slots)
+        score = rng.permuted(np.tile(np.arange(shape[-1], dtype=np.float32), (*shape[:-1], 1)), axis=-1)
+        prompt = np.arange(group.slots) < group.prompt
+        protected = prompt & (group.order == group.order.max(-1, keepdims=True)) if protect else None
+        valid = np.broadcast_to(group.valid[:, None], shape) if heads else group.valid
+        first = np.where(valid & prompt, score, -1)
+        if protect:
+            first = np.where((protected[:, None] if heads else protected) & valid, np.inf, first)
+        gone = prompt & (np.argsort(np.argsort(-first, -1), -1) >= 5)
+        evicted = kv.evict(group, gone)
+        part = None if protected is None else protected[..., : group.prompt]
+        return evicted, kv.compact(group, 5, score[..., : group.prompt], part)
+
+    masked, small = (cache.replace(groups=groups) for groups in zip(*map(both, cache.groups), strict=True))
+    assert [group.prompt for group in small.groups] == [5] * len(small.groups)
+    one, other = go_on(masked)[0], go_on(small)[0]
+    np.testing.assert_allclose(one, other, atol=2e-5)
+    assert np.abs(one - plain()).max() > 1e-3
+    for group in small.groups:  # in the order of the text
+        order = np.where(group.valid, group.order, 99)[..., :5]
+        assert (np.diff(order, axis=-1) >= 0).all()
+
+
+def test_as_many_slots_as_before_is_the_same():
+    cache, go_on = program(TINY)
+    np.testing.assert_allclose(go_on(each(cache, lambda g: kv.compact(g, g.prompt)))[0], plain(), atol=1e-6)
+    np.testing.assert_allclose(go_on(kv.split(cache))[0], plain(), atol=1e-6)
+    assert kv.split(cache).lengths() == cache.lengths() == (12, 9, 9)
+    for wrong in (0, 13):
+        with pytest.raises(ValueError, match=f"prompt={wrong}: must be at least 1 and at most the 12 slots"):
+            kv.compact(cache.groups[0], wrong)
+
+
+@pytest.mark.parametrize("cfg", [TINY, GEMMA2], ids=["llama", "gemma2"])
+def test_rotating_when_read_is_rotating_when_written(cfg):
+
+    read = dataclasses.replace(cfg, rotate="read")
+    np.testing.assert_allclose(plain(read), plain(cfg), atol=3e-5)
+    keys, rotated = (program(c)[0].groups[0].keys[0] for c in (read, cfg))
+    assert np.abs(keys - rotated)[:, :, 1:].max() > 0.1
+    np.testing.assert_allclose(keys[:, :, 0], rotated[:, :, 0], atol=1e-6)  # at position 0
+
+
+def test_nothing_visible_gives_zeros():
+    query, buffer = jnp.ones((2, 1, 4, 3)), jnp.ones((2, 2, 5, 3))
+    bias = jnp.stack([jnp.zeros((1, 5)), jnp.full((1, 5), kv.MASKED)])
+
+    def total(query, buffer):
+        out, weights = kv.attend(query, buffer, buffer, bias, 1.0)
+        return out.sum(), (out, weights)
+
+    gradients, (out, weights) = jax.grad(total, (0, 1), has_aux=True)(query, buffer)
+    np.testing.assert_allclose(out[0], 1, rtol=1e-6)
+    np.testing.assert_array_equal(out[1], 0)
+    np.testing.assert_array_equal(weights[1], 0)
+    assert all(np.isfinite(g).all() for g in gradients)
+
+
+def test_steps_fill_their_own_slots():
+    cache, go_on = program(TINY)
+    after = go_on(cache)[1]
+    assert int(after.at) == 2
+    for group in after.groups:
+        made = np.s_[:, group.prompt : group.prompt + 2]
+        np.testing.assert_array_equal(group.position[made], np.array(LENGTHS)[:, None] + [0, 1])
+        np.testing.assert_array_equal(group.order[made], [[12, 13]] * 3)
+        assert (np.asarray(group.kind[made]) == kv.MADE).all()
+        assert group.valid[made].all()
+        assert not group.valid[:, group.prompt + 2 :].any()
+    np.testing.assert_array_equal(cache.groups[0].count(), LENGTHS)
+
+
+def test_size_is_the_formula():
+    cache, _ = program(TINY)
+    told = kv.nbytes((1, 2), (12, 9), G, batch=3, heads=2, width=6, itemsize=4)
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(cache.groups)) == told
+
+
+def test_sharding():
+    """Rows and heads over a mesh; the step's logits stay as they are."""
+    cache, _ = program(TINY)
+    specs = kv.specs(cache)
+    assert specs.groups[0].keys[0] == PartitionSpec("data", "model", None, None)
+    assert specs.groups[0].valid == PartitionSpec("data", None)
+    wide = kv.specs(each(cache, kv.per_head))
+    assert wide.groups[0].valid == PartitionSpec("data", "model", None)
+    leaves, _ = jax.tree.flatten(specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
+    for leaf, spec in zip(jax.tree.leaves(cache), leaves, strict=True):
+        assert len(spec) <= leaf.ndim
