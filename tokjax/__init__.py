@@ -11,6 +11,7 @@ Importing it switches JAX's persistent compilation cache on, unless one is set o
 from tokjax import reducers, relax
 from tokjax.api import DualModel, Model, Trace, build, load, reduce, save
 from tokjax.compilation import enable_cache
+from tokjax.models.decoder import Prompts
 from tokjax.models.t5 import Seq2Seq
 from tokjax.signals import Context, Signals
 from tokjax.token_map import HardMap, Plan, SoftMap, SpreadMap, apply, compose
@@ -24,6 +25,7 @@ __all__ = [
     "HardMap",
     "Model",
     "Plan",
+    "Prompts",
     "Seq2Seq",
     "Signals",
     "SoftMap",

@@ -92,9 +92,11 @@ def run_decoder(model: tokjax.Model, arrays: dict) -> dict:
 
     @jax.jit
     def outputs(params):
-        embedded = model.module(params).embed(inputs).x
+        module = model.module(params)
+        embedded = module.embed(inputs).x
         out = model.forward(params, inputs, states=True)
-        return out.logits, [embedded, *(tokens.x for tokens in out.states[:-1]), out.features]
+        last = out.features if model.config.embed_width is None else module.project_out(out.features)
+        return out.logits, [embedded, *(tokens.x for tokens in out.states[:-1]), last]
 
     logits, states = outputs(model.params)
     results = {"logits": logits, **{f"hidden_state_{i}": x for i, x in enumerate(states)}}

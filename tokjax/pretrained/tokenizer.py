@@ -117,8 +117,8 @@ class Tokenizer:
 
         Args:
             texts: strings.
-            special: whether the tokenizer adds its special tokens; what a chat template gives has them already. An end
-                of text is never added.
+            special: whether the tokenizer adds its special tokens: a start of text where there is none yet. An end is
+                never added.
         """
         self.backend.no_padding()
         self.backend.no_truncation()
@@ -126,11 +126,13 @@ class Tokenizer:
             ids = [encoding.ids for encoding in self.backend.encode_batch(list(texts), add_special_tokens=special)]
         finally:
             self._set_length()
+        if self.bos_id is not None:  # a chat's text has begun already
+            ids = [row[1:] if row[:2] == [self.bos_id] * 2 else row for row in ids]
         ended = special and self.eos_id is not None
         return [row[:-1] if ended and len(row) > 1 and row[-1] == self.eos_id else row for row in ids]
 
     def chat(self, messages: Sequence[Mapping[str, Any]], *, answer: bool = True, **values: Any) -> str:
-        """A conversation as the one text that the model was trained on, for `prompts` with `special=False`.
+        """A conversation as the one text that the model was trained on.
 
         Args:
             messages: with "role" and "content" each.
