@@ -25,8 +25,9 @@ Where = Literal[
     "around_mlp",
     "readout",  # `readout(states) -> [B,C] | Logits`: a head that reads the tokens after every block
     "before_llm",  # on the tokens of an encoder, before they enter a language model
-    "after_prefill",  # on a KV cache
-    "decode_step",
+    "after_prefill",  # on a KV cache: `call(cache, tokens) -> Cache`, once the prompt is read
+    "decode_step",  # the same after every token: `call(cache, weights) -> Cache`, of shapes that stay
+    "depth",  # which blocks run: `call(column, prompt) -> Bool[L, *column]`, see `models.decoder`
 ]
 CROSS: frozenset[Where] = frozenset({"around_cross_attention", "after_cross_attention"})
 

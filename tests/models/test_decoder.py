@@ -14,6 +14,7 @@ import pytest
 from tokjax import hooks as hk
 from tokjax import token_map
 from tokjax.models.decoder import Decoder, DecoderConfig, Prompts, preset
+from tokjax.signals import last_slot
 from tokjax.token_map import Plan
 
 TINY = DecoderConfig(
@@ -179,6 +180,73 @@ def test_dropped_tokens_leave_what_hidden_ones_do(kind):
     for got, want in zip(hard, soft, strict=True):
         np.testing.assert_allclose(got, want, atol=3e-5)
     assert np.abs(hard[0] - call(lambda m: m.prefill(batch(), capacity=1).logits, cfg)).max() > 1e-3
+
+
+SWIFT = dataclasses.replace(TINY, depth=5, kv_layers=2)
+
+
+@dataclasses.dataclass(frozen=True)
+class LastOnly:
+    """Only the last token passes the blocks from `layer` on."""
+
+    layer: int
+
+    def plan(self, tokens, signals):
+        nobody = jnp.zeros((tokens.batch, 0), jnp.int32)
+        return Plan(token_map.HardMap(last_slot(tokens)[:, None], nobody, nobody, num_in=tokens.length))
+
+
+@pytest.mark.parametrize("group", [1, 2])
+def test_keys_and_values_of_an_earlier_block(group):
+    """Steps equal the longer prompt; tokens that leave before the first later block have left their keys behind."""
+    cfg, inputs = dataclasses.replace(SWIFT, kv_group=group), batch()
+    assert cfg.kv_source == ((0, 1, 2, 3, 4) if group == 1 else (0, 1, 2, 2, 4))
+
+    def outputs(m, hooks):
+        read = m.prefill(inputs, hooks, capacity=1)
+        return read.logits, m.steps()(read.cache, jnp.array([3, 4, 5]))[0], read.cache
+
+    one, early = (call(lambda m, h=h: outputs(m, h), cfg) for h in ((), (hk.Hook("before_block", 2, LastOnly(2)),)))
+    ids = np.concatenate([inputs.ids, [[3], [4], [5]]], 1).astype(np.int32)
+    whole = call(lambda m: m(Prompts(ids, np.concatenate([inputs.valid, np.ones((3, 1), bool)], 1))), cfg).logits
+    np.testing.assert_allclose(one[1], whole[:, -1], atol=3e-5)
+    for got, want in zip(early[:2], one[:2], strict=True):
+        np.testing.assert_allclose(got, want, atol=3e-5)
+    assert early[2].lengths() == (12,) * 5
+    assert [len(g.keys) for g in early[2].groups] == [5 if group == 1 else 4]
+
+
+@dataclasses.dataclass(frozen=True)
+class Skips:
+    """All five blocks but the middle one for the prompt; from the second new token on the first and the last."""
+
+    prompt: int
+
+    def active(self, column, prompt):
+        xp = np if isinstance(column, np.ndarray) else jnp
+        early = column < (self.prompt if prompt is None else prompt) + 1
+        always = xp.ones_like(early)
+        return xp.stack([always, early, ~always, early, always])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_depth_schedule(kind):
+    """Through the cache, in which skipped blocks have no part, as in whole texts."""
+    cfg, inputs = dataclasses.replace(KINDS[kind], depth=5), batch("left")
+    hooks = [hk.Hook("depth", 0, Skips(12), "active")]
+    more = np.array([[3, 6], [4, 7], [5, 8]], np.int32)
+    ids, valid = np.concatenate([inputs.ids, more], 1), np.concatenate([inputs.valid, np.ones((3, 2), bool)], 1)
+
+    def outputs(m):
+        step, cache, first = m.begin(inputs.ids, hooks, valid=inputs.valid, length=2)
+        second, after = step(cache, more[:, 0])
+        return m(Prompts(ids, valid), hooks).logits, (first, second, step(after, more[:, 1])[0]), cache
+
+    whole, steps, cache = call(outputs, cfg)
+    for t, logits in enumerate(steps):
+        np.testing.assert_allclose(logits, whole[:, 11 + t], atol=3e-5)
+    assert cache.lengths() == (12, 12, 0, 12, 12)
+    assert np.abs(whole - call(lambda m: m(Prompts(ids, valid)), cfg).logits).max() > 1e-2
 
 
 def test_rows_without_a_token_are_finite_and_attend_to_nothing():

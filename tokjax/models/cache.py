@@ -78,7 +78,8 @@ class Cache(struct.PyTreeNode):
     groups: tuple[Group, ...]
     at: Int[Array, ""]  # t, steps taken
     start: Int[Array, "B"]  # position of the token of step 0
-    layers: tuple[tuple[int, int], ...] = struct.field(pytree_node=False)  # of every layer: its group, its buffer there
+    # Of every layer: its group, its buffer there; None: it has read no prompt, so that it takes no part.
+    layers: tuple[tuple[int, int] | None, ...] = struct.field(pytree_node=False)
     length: int = struct.field(pytree_node=False)  # N, slots of the prompt as it was given: order of step 0
     capacity: int = struct.field(pytree_node=False)  # G
     rotate: Rotate = struct.field(pytree_node=False, default="write")
@@ -95,7 +96,7 @@ class Cache(struct.PyTreeNode):
 
     def lengths(self) -> tuple[int, ...]:
         """Prompt slots of every layer."""
-        return tuple(self.groups[group].prompt for group, _ in self.layers)
+        return tuple(0 if at is None else self.groups[at[0]].prompt for at in self.layers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,24 +117,29 @@ class Kept:
         return all(getattr(self.tokens, name) is getattr(other.tokens, name) for name in names)
 
 
-def fill(kept: Sequence[Kept], start: Int[Array, "B"], length: int, capacity: int, rotate: Rotate) -> Cache:
+def fill(kept: Sequence[Kept | None], start: Int[Array, "B"], length: int, capacity: int, rotate: Rotate) -> Cache:
     """The cache after prefill, from what every layer has left behind.
 
     Args:
-        kept: of all layers.
+        kept: of all layers, None of one that did not run.
         start: position of the first new token.
         length: N, slots of the prompt.
         capacity: G, new tokens that there is room for; their first is not written yet.
         rotate: whether keys are kept rotated ("write"), or rotated wherever they are read.
     """
     groups: list[list[Kept]] = []
-    layers: list[tuple[int, int]] = []
-    for layer, one in enumerate(kept):
-        if not layer or not one.same(kept[layer - 1]):
+    layers: list[tuple[int, int] | None] = []
+    before: Kept | None = None
+    for one in kept:
+        if one is None:
+            layers.append(None)
+            continue
+        if before is None or not one.same(before):
             groups.append([])
         elif one.shared:
             layers.append((len(groups) - 1, len(groups[-1]) - 1))
             continue
+        before = one
         groups[-1].append(one)
         layers.append((len(groups) - 1, len(groups[-1]) - 1))
     made = tuple(_group(group, capacity) for group in groups)
@@ -224,7 +230,9 @@ def split(cache: Cache) -> Cache:
         for i, (key, value) in enumerate(zip(group.keys, group.values, strict=True)):
             place[g, i] = len(groups)
             groups.append(group.replace(keys=(key,), values=(value,)))
-    return cache.replace(groups=tuple(groups), layers=tuple((place[at], 0) for at in cache.layers))
+    return cache.replace(
+        groups=tuple(groups), layers=tuple(None if at is None else (place[at], 0) for at in cache.layers)
+    )
 
 
 def evict(group: Group, gone: Bool[Array, "B *K S"]) -> Group:

@@ -8,6 +8,11 @@ The blocks are `transformer.Block`s, so that reducers plan on tokens between the
 positions, windows and the causal mask read every token's own `position` and `order`: tokens may leave at any layer. A
 prompt is read by `prefill`, which keeps keys and values of the tokens that are left in every layer, and gone on with by
 `step`; see `tokjax.models.cache`.
+
+Methods of depth need no other model: with `kv_layers` later blocks make keys and values of an earlier one's output, and
+`depth` hooks say which blocks run. `call(column, prompt)` gives booleans [L, *column] for the columns (slots) of a
+padded batch; those from `prompt` on are new (None: a text as a whole, without a cache). NumPy columns shall give NumPy.
+A block that a column skips must be skipped by all later ones, so that no key is ever missing.
 """
 
 from collections.abc import Sequence
@@ -36,7 +41,7 @@ Norm = Literal["rms", "rms_offset", "layer"]
 NormOrder = Literal["pre", "post", "both"]
 Position = Literal["rope", "learned"]
 Scaling = Literal["none", "linear", "llama3"]
-CACHE_SITES: frozenset[hk.Where] = frozenset({"after_prefill", "decode_step"})
+CACHE_SITES: frozenset[hk.Where] = frozenset({"after_prefill", "decode_step", "depth"})
 _LEARNED = 2  # rows of a table of positions before that of position 0
 
 
@@ -507,10 +512,12 @@ class DecoderBlock(Block):
 
     def branch(self, which: Literal["1", "2"], x: Float[Array, "B N C"], run: Any) -> Float[Array, "B N C"]:
         """The stream with a branch added, without hooks."""
-        norm = getattr(self, f"norm{which}")
-        y = run(self._enter(norm, x))
+        return self.added(which, x, run(self._enter(getattr(self, f"norm{which}"), x)))
+
+    def added(self, which: Literal["1", "2"], x: Float[Array, "B N C"], y: Float[Array, "B N C"]) -> Array:
+        """The stream with what a branch gave."""
         y = getattr(self, f"ls{which}")(y).astype(x.dtype) if self.scaled else y
-        return self._leave(norm, x + y)
+        return self._leave(getattr(self, f"norm{which}"), x + y)
 
 
 class Decoder(Blocks):
@@ -562,7 +569,8 @@ class Decoder(Blocks):
         tokens = self.embed(inputs)
         tokens = tokens.traced() if trace else tokens
         context = (context or Context()).replace(key=key)
-        tokens, _, traces, kept = self._through(tokens, hooks, context, _reach(inputs, tokens), states=states)
+        active = _active(hooks, np.arange(tokens.length), None)
+        tokens, _, traces, kept = self._through(tokens, hooks, context, _reach(inputs, tokens), active, states=states)
         features = self.normed(tokens.x)
         return DecoderOutput(
             self.logits(features), features, tokens, tuple(traces) if trace else None, tuple(kept) if states else None
@@ -595,7 +603,8 @@ class Decoder(Blocks):
         length, position = tokens.length, tokens.position
         assert position is not None
         start = (position if tokens.valid is None else jnp.where(tokens.valid, position, -1)).max(1) + 1
-        tokens, kept, _, _ = self._through(tokens, hooks, context, _reach(inputs, tokens), cached=True)
+        active = _active(hooks, np.arange(length), length)
+        tokens, kept, _, _ = self._through(tokens, hooks, context, _reach(inputs, tokens), active, cached=True)
         cache = kv.fill(kept, start.astype(jnp.int32), length, capacity, self.cfg.rotate)
         for hook in hk.at(hooks, "after_prefill"):
             cache = hook(cache, tokens)
@@ -650,13 +659,15 @@ class Decoder(Blocks):
         hooks: Sequence[hk.Hook],
         context: Context,
         reach: int | None,
+        active: Any = None,
         *,
         states: bool = False,
         cached: bool = False,
-    ) -> tuple[Tokens, list[Kept], list[LayerTrace], list[Tokens]]:
+    ) -> tuple[Tokens, list[Kept | None], list[LayerTrace], list[Tokens]]:
         """All blocks: the tokens behind them, what each leaves for a cache, traces and states, if asked for.
 
-        `reach`: positions are below it, where that is known.
+        `reach`: positions are below it, where that is known. `active` [L, N]: which blocks run for which slots; where
+        it is a NumPy array, a block that runs for none costs nothing.
         """
         cfg, first = self.cfg, tokens.position
         assert first is not None
@@ -671,10 +682,10 @@ class Decoder(Blocks):
         shared = Shared(position, turns(cfg, position), ordered=position is first)
         if cfg.kv_layers is not None:
             spans = [cfg.kv_layers, cfg.depth]
-        kept: list[Kept] = []
+        kept: list[Kept | None] = []
         traces: list[LayerTrace] = []
         after: list[Tokens] = []
-        whole = not states and not traced
+        whole = not states and not traced and active is None
         for start, stop in zip([0, *spans[:-1]], spans, strict=True):
             if start == cfg.kv_layers:
                 shared = shared.replace(source=tokens.replace(x=self.norm_kv(tokens.x).astype(tokens.x.dtype)))
@@ -685,9 +696,18 @@ class Decoder(Blocks):
                     tokens, some = self._scan_cached(tokens, at, end, context, shared, windows, cached)
                     kept += some
                     continue
-                takes = cfg.kv_source[at] != at
+                if active is not None and isinstance(active, np.ndarray) and not active[at].any():
+                    kept.append(None)
+                    if states:
+                        after.append(tokens)
+                    continue
+                takes, entering = cfg.kv_source[at] != at, tokens
                 own = shared.replace(window=windows[at], taken=shared.taken if takes else None)
                 tokens, entered, (part, signals) = block.run(tokens, hooks, at, context.replace(relative=own))
+                if active is not None and not (isinstance(active, np.ndarray) and active[at].all()):
+                    if tokens.length != entering.length:
+                        raise ValueError(f"a depth schedule that differs by token: block {at} must keep all tokens")
+                    tokens = tokens.replace(x=jnp.where(jnp.asarray(active[at])[:, None], tokens.x, entering.x))
                 shared = shared.replace(taken=signals if alone else None)
                 kept.append(_keep(part if shared.source is None else shared.source, signals, takes))
                 if states:
@@ -795,34 +815,45 @@ class Decoder(Blocks):
         """
         cfg = self.cfg
         blocks = self._unstacked() if blocks is None else blocks
+        active = _active(hooks, cache.order, cache.length)
         turn, order, position = _by_head(turns(cfg, cache.position[:, None])), cache.order, cache.position
         cache = kv.admit(cache)
         keys, values = ([list(getattr(group, name)) for group in cache.groups] for name in ("keys", "values"))
         in_place: list[Turn | None] = [None] * len(cache.groups)
         if cache.rotate == "read":
             in_place = [_of_slots(turns(cfg, group.position), group) for group in cache.groups]
-        weights: list[Array] = []
+        weights: list[Array | None] = []
         source: Array | None = None
-        for layer, (block, window) in enumerate(zip(blocks, cfg.windows, strict=True)):
+        for layer, (block, window, at) in enumerate(zip(blocks, cfg.windows, cache.layers, strict=True)):
             if layer == cfg.kv_layers:
                 source = self.norm_kv(x).astype(x.dtype)
-            g, i = cache.layers[layer]
+            if at is None:
+                weights.append(None)
+                continue
+            (g, i), owns, made_of = at, cfg.kv_source[layer] == layer, source
             group = cache.groups[g]
-            made_of, owns = source, cfg.kv_source[layer] == layer
 
-            def attend(normed: Array, block=block, window=window, g=g, i=i, group=group, made_of=made_of, owns=owns):
-                if owns:
-                    key, value = block.attn.pairs(normed if made_of is None else made_of)
-                    key, at = key if cache.rotate == "read" else rotate(key, turn), group.prompt + cache.at
-                    keys[g][i] = kv.write(keys[g][i], key, at)
-                    values[g][i] = kv.write(values[g][i], value, at)
-                query, bias = rotate(block.attn.queries(normed), turn), group.visible(order, position, window)
-                seen = rotate(keys[g][i], in_place[g])
-                out, weight = kv.attend(query, seen, values[g][i], bias, cfg.rule.scale, cfg.soft_cap)
-                weights.append(weight)
-                return block.attn.proj(out.reshape(*out.shape[:2], -1))
+            def project(x: Array, block=block, owns=owns, made_of=made_of) -> tuple[Array, ...]:
+                normed = block._enter(block.norm1, x)
+                query = rotate(block.attn.queries(normed), turn)
+                if not owns:
+                    return (query,)
+                key, value = block.attn.pairs(normed if made_of is None else made_of)
+                return query, key if cache.rotate == "read" else rotate(key, turn), value
 
-            x = block.branch("2", block.branch("1", x, attend), block.mlp)
+            def rest(x: Array, query: Array, key: Array, value: Array, block=block, window=window, g=g, group=group):
+                seen, bias = rotate(key, in_place[g]), group.visible(order, position, window)
+                out, weight = kv.attend(query, seen, value, bias, cfg.rule.scale, cfg.soft_cap)
+                y = block.attn.proj(out.reshape(*out.shape[:2], -1))
+                return block.branch("2", block.added("1", x, y), block.mlp), weight
+
+            # A skipped block writes zeros, which nobody reads: later tokens skip it too.
+            query, *new = _if(None if active is None else active[layer], project, x)
+            if owns:
+                slot = group.prompt + cache.at
+                keys[g][i], values[g][i] = kv.write(keys[g][i], new[0], slot), kv.write(values[g][i], new[1], slot)
+            x, weight = _if(None if active is None else active[layer], rest, x, query, keys[g][i], values[g][i])
+            weights.append(weight)
         groups = (
             group.replace(keys=tuple(k), values=tuple(v))
             for group, k, v in zip(cache.groups, keys, values, strict=True)
@@ -834,6 +865,25 @@ class Decoder(Blocks):
 
     def _unstacked(self) -> list[Any]:
         return [self._block(self.cfg, layer) for layer in range(self.cfg.depth)]
+
+
+def _active(hooks: Sequence[hk.Hook], column: Any, prompt: int | None) -> Any:
+    """Which blocks run for the tokens of these columns, [L, *column]; None: all."""
+    told = [hook(column, prompt) for hook in hk.at(hooks, "depth")]
+    return functools.reduce(lambda a, b: a & b, told) if told else None
+
+
+def _if(condition: Array | None, run: Any, x: Array, *others: Array) -> Any:
+    """`run(x, *others)`, or x and zeros for all else that it gives."""
+    if condition is None:
+        return run(x, *others)
+
+    def skip(x: Array, *others: Array) -> Any:
+        first, *rest = jax.eval_shape(run, x, *others)
+        zeros = [jnp.zeros(each.shape, each.dtype) for each in rest]
+        return (x if first.shape == x.shape else jnp.zeros(first.shape, first.dtype), *zeros)
+
+    return jax.lax.cond(condition, lambda *a: tuple(run(*a)), skip, x, *others)
 
 
 def _of_slots(turn: Turn | None, group: Group) -> Any:

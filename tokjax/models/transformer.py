@@ -17,7 +17,7 @@ from tokjax.tokens import MASKED, Tokens
 
 Gelu = Literal["exact", "tanh", "quick"]
 MlpKind = Literal["plain", "swiglu"]
-SITES = frozenset(get_args(hk.Where)) - hk.CROSS - {"before_llm", "after_prefill", "decode_step"}
+SITES = frozenset(get_args(hk.Where)) - hk.CROSS - {"before_llm", "after_prefill", "decode_step", "depth"}
 Drop = tuple[float | Array, Array]  # a rate, and one key or one a row
 
 

@@ -23,7 +23,7 @@ from typing import Any, Literal, Self
 
 from jaxtyping import Int, Int32
 import numpy as np
-from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
 from tokjax.errors import UserError
@@ -202,10 +202,13 @@ class Tokenizer:
             default_pad = (backend.padding or {}).get("pad_id")
             default_length = (backend.truncation or {}).get("max_length")
         elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            merges = _merges(folder / "merges.txt")
-            backend = _clip(_read_json(folder / "vocab.json"), merges, folder / "vocab.json")
-            tokens = {"bos_token": _START, "eos_token": _END, "pad_token": tokens["pad_token"]}
-            default_length = 77
+            merges, vocabulary = _merges(folder / "merges.txt"), _read_json(folder / "vocab.json")
+            if _START not in vocabulary and any(tokens.values()):
+                backend = _gpt2(vocabulary, merges, [token for token in tokens.values() if token], folder)
+            else:
+                backend = _clip(vocabulary, merges, folder / "vocab.json")
+                tokens = {"bos_token": _START, "eos_token": _END, "pad_token": tokens["pad_token"]}
+                default_length = 77
         elif found := [folder / name for name in _OPENAI_FILES if (folder / name).is_file()]:
             merges = _merges(found[0])[:_OPENAI_MERGES]
             backend = _clip(_openai_vocabulary(merges), merges, found[0])
@@ -379,6 +382,18 @@ def _clip(vocabulary: dict[str, int], merges: list[tuple[str, str]], path: Path)
     )
     backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in (_START, _END)])
     _frame(backend, _START, _END)
+    return backend
+
+
+def _gpt2(vocabulary: dict[str, int], merges: list[tuple[str, str]], special: list[str], folder: Path) -> Backend:
+    """Byte-level BPE that keeps case and spaces, of GPT-2 and OPT."""
+    try:
+        backend = Backend(models.BPE(vocabulary, merges))
+    except Exception as error:  # as above
+        raise UserError(f"{folder / 'vocab.json'} does not fit its merges: {error}") from error
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in dict.fromkeys(special)])
     return backend
 
 
