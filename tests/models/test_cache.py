@@ -13,7 +13,11 @@ import numpy as np
 import pytest
 from test_decoder import GEMMA2, LENGTHS, QUICK, TINY, Drops, batch, model
 
+import tokjax
+from tokjax import hooks as hk
 from tokjax.models import cache as kv
+from tokjax.signals import last_row
+from tokjax.token_map import Plan
 
 G = 3
 INDEX = st.integers(0, 2**31 - 1)
@@ -210,3 +214,50 @@ def test_sharding():
     leaves, _ = jax.tree.flatten(specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
     for leaf, spec in zip(jax.tree.leaves(cache), leaves, strict=True):
         assert len(spec) <= leaf.ndim
+
+
+@dataclasses.dataclass(frozen=True)
+class PerHead:
+    """Notes how much the last token attends to every token; after the prompt every head keeps its own four of them."""
+
+    def hooks(self, info):
+        noted = [hk.Hook("after_attention", layer, self, "note") for layer in range(info.depth)]
+        return [*noted, hk.Hook("after_prefill", 0, self, "shrink"), hk.Hook("decode_step", 0, self, "count")]
+
+    def note(self, tokens, signals):
+        seen = last_row(tokens, signals)
+        return Plan(aux={"score": seen.reshape(len(seen), signals.key.shape[2], -1, seen.shape[-1]).sum(2)})
+
+    def shrink(self, cache, tokens):
+        cache, groups = kv.split(cache), []
+        for layer, group in enumerate(cache.groups):
+            score = tokens.aux[f"{layer:02d}.after_attention.PerHead"]["score"]
+            small = kv.compact(group, 4, score)
+            groups.append(small.replace(score=jnp.zeros(small.valid.shape, jnp.float32)))
+        return cache.replace(groups=tuple(groups))
+
+    def count(self, cache, weights):
+        def add(group, seen):
+            by_head = seen.reshape(len(seen), group.keys[0].shape[1], -1, seen.shape[-1]).sum(2)
+            return group.replace(score=group.score + by_head)
+
+        return cache.replace(groups=tuple(map(add, cache.groups, weights)))
+
+
+def test_hooks_on_the_cache():
+    """What a reducer does to a cache holds while the texts are gone on with, and beams go along."""
+    made = tokjax.reduce(tokjax.build(dataclasses.replace(TINY, eos_ids=())), PerHead())
+    ids, valid = batch().ids, batch().valid
+    going = made.begin(ids, valid=valid, max_tokens=G)
+    assert [(group.prompt, group.per_head) for group in going.state.groups] == [(4, True)] * 3
+    np.testing.assert_array_equal(going.state.groups[0].count(), [[4, 4]] * 3)
+    kept = np.asarray(going.state.groups[2].position)[..., :4]
+    assert (np.diff(kept, axis=-1) > 0).all()
+    assert (kept[:, 0] != kept[:, 1]).any()
+    last = made.go_on(going)
+    score = np.asarray(last.state.groups[1].score)
+    np.testing.assert_allclose(score.sum((1, 2)), 2 * TINY.heads, rtol=1e-5)  # of two steps
+    assert (score[..., :6] > 0).all()
+    beams = made.generate(ids, valid=valid, max_tokens=G, beams=2)
+    assert beams.beam_ids.shape == (3, 2, G)
+    assert (np.asarray(beams.score) * G >= np.asarray(last.score) - 1e-4).all()
