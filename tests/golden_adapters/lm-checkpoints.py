@@ -12,12 +12,19 @@ from safetensors.numpy import save_file
 
 import tokjax
 from tokjax.data.corruption import shift_right
-from tokjax.models.decoder import Prompts
+from tokjax.models.decoder import DecoderConfig, Prompts, rotate, turns
 from tokjax.models.t5 import Seq2Seq
 from tokjax.train.losses import cross_entropy
 
-INPUTS = ("param/*", "input_ids", "attention_mask", "labels", "config_json")
-TOLERANCE = {"generate/*_ids": (0, 0), "*": (1e-4, 1e-4)}
+INPUTS = (
+    *("param/*", "input_ids", "attention_mask", "labels", "config_json"),
+    *("position_ids", "mrope_section", "rope_theta", "query_in", "key_in"),
+)
+TOLERANCE = {"generate/*_ids": (0, 0), "qwen2vl_mrope/*": (1e-5, 1e-5), "*": (1e-4, 1e-4)}
+EXCUSED = dict.fromkeys(
+    ("token_type", "*_grid_thw", "spatial_merge_size", "position_delta"),
+    "positions of images and videos are given: finding them is a matter of vision-language models",
+)
 
 
 # What stands at padding is of no meaning.
@@ -35,6 +42,8 @@ COMPARE = {
 
 
 def run(case: Path, arrays: dict) -> dict:
+    if case.stem.startswith("qwen2vl_mrope"):
+        return run_sections(arrays)
     config = json.loads(arrays["config_json"].tobytes())
     with tempfile.TemporaryDirectory() as folder:
         tensors = {n.removeprefix("param/"): np.asarray(a) for n, a in arrays.items() if n.startswith("param/")}
@@ -113,6 +122,22 @@ def run_decoder(model: tokjax.Model, arrays: dict) -> dict:
     token, following = decoded(model.params, jnp.asarray(ids[:1, :end]))
     results |= {"decode_row0_next_token": token, "decode_row0_logits": following}
     return results | generations(model, inputs, arrays)
+
+
+def run_sections(arrays: dict) -> dict:
+    """Rotary positions of three axes."""
+    width = arrays["query_in"].shape[-1]
+    config = DecoderConfig(
+        heads=arrays["query_in"].shape[1],
+        kv_heads=arrays["key_in"].shape[1],
+        head_width=width,
+        rope_base=float(arrays["rope_theta"]),
+        rope_sections=tuple(map(int, arrays["mrope_section"])),
+    )
+    turn = turns(config, jnp.moveaxis(jnp.asarray(arrays["position_ids"]), 0, -1))
+    by_head = tuple(part[:, None] for part in turn)
+    rotated = {f"{name}_out": rotate(jnp.asarray(arrays[f"{name}_in"]), by_head) for name in ("query", "key")}
+    return {**rotated, **{name: jnp.tile(part, 2) for name, part in zip(("cos", "sin"), turn, strict=True)}}
 
 
 RUN = {"t5": run_t5, **dict.fromkeys(("llama", "mistral", "qwen2", "gemma", "gemma2", "opt"), run_decoder)}

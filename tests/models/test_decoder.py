@@ -16,6 +16,7 @@ from tokjax import token_map
 from tokjax.models.decoder import Decoder, DecoderConfig, Prompts, preset
 from tokjax.signals import last_slot
 from tokjax.token_map import Plan
+from tokjax.tokens import Tokens
 
 TINY = DecoderConfig(
     vocab_size=30,
@@ -249,6 +250,43 @@ def test_a_depth_schedule(kind):
     assert np.abs(whole - call(lambda m: m(Prompts(ids, valid)), cfg).logits).max() > 1e-2
 
 
+def test_positions_of_three_axes():
+    """Three equal ones are one; different ones count, in steps too, whose tokens follow the largest."""
+    cfg = dataclasses.replace(TINY, rope_sections=(1, 1, 1))
+    place = jnp.broadcast_to(jnp.arange(12, dtype=jnp.int32), (3, 12))
+    ids = batch().ids
+
+    def outputs(m, position):
+        x = m.embed(ids).x
+        read = m.prefill(Tokens(x, position=position), capacity=1)
+        return read.logits, m.steps()(read.cache, jnp.array([3, 4, 5]))[0], read.cache.start
+
+    plain = call(lambda m: outputs(m, place))
+    for got, want in zip(call(lambda m: outputs(m, jnp.stack([place] * 3, -1)), cfg), plain, strict=True):
+        np.testing.assert_allclose(got, want, atol=2e-5)
+    other = call(lambda m: outputs(m, jnp.stack([place, place // 2, place + 20], -1)), cfg)
+    assert np.abs(other[1] - plain[1]).max() > 1e-2
+    np.testing.assert_array_equal(other[2], [32] * 3)
+
+
+def test_an_order_of_its_own():
+    """Tokens in other slots, whose order and positions are told, are the same text."""
+    shuffle = np.random.default_rng(0).permutation(12)
+    ids, place = batch().ids, jnp.broadcast_to(jnp.asarray(shuffle, jnp.int32), (3, 12))
+
+    def outputs(m):
+        x = m.embed(ids).x[:, shuffle]
+        read = m.prefill(Tokens(x, position=place, order=place), capacity=1)
+        return read.logits, m.steps()(read.cache, jnp.array([3, 4, 5]))[0]
+
+    def plain(m):
+        step, cache, logits = m.begin(ids, length=1)
+        return logits, step(cache, jnp.array([3, 4, 5]))[0]
+
+    for got, want in zip(call(outputs), call(plain), strict=True):
+        np.testing.assert_allclose(got, want, atol=2e-5)
+
+
 def test_rows_without_a_token_are_finite_and_attend_to_nothing():
     inputs = batch()
     valid = inputs.valid.copy()
@@ -296,6 +334,7 @@ def test_bad_input(inputs, message):
         ({"window": 0}, "window=0: must be at least 1"),
         ({"window_layers": (3,)}, r"window_layers=\(3,\): must be in \[0, 3\)"),
         ({"kv_layers": 3}, r"kv_layers=3: must be in \[0, 3\)"),
+        ({"rope_sections": (1, 1)}, r"rope_sections=\(1, 1\): must be three numbers with the sum 3"),
         ({"soft_cap": 0.0}, "soft_cap=0.0: must be above 0"),
         ({"rope_scaling": "llama3", "rope_high": 1.0}, "rope_high=1.0: must be above rope_low=1.0"),
         ({"pad_id": 30}, r"pad_id=30: must be in \[0, 30\)"),

@@ -30,6 +30,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
+from tokjax.signals import slot_order
 from tokjax.tokens import MASKED, Tokens
 
 EMPTY, PREFIX, VISUAL, PROMPT, MADE = range(5)
@@ -162,8 +163,8 @@ def _group(kept: Sequence[Kept], capacity: int) -> Group:
     return Group(
         tuple(buffer(one.key) for one in kept),
         tuple(buffer(one.value) for one in kept),
-        room(tokens.position),
-        room(tokens.position if tokens.order is None else tokens.order),
+        room(tokens.position if tokens.position.ndim == 2 else tokens.position[..., 0]),
+        room(slot_order(tokens)),
         room(jnp.where(there, kind, EMPTY).astype(jnp.uint8)),
         room(there),
         None if bias is None else room(bias),

@@ -89,6 +89,7 @@ class DecoderConfig:
         rope_base: of the rotary frequencies.
         rope_scaling: "linear" divides all frequencies by `rope_factor`; "llama3" those of long wavelengths, with
             `rope_low`, `rope_high` and `rope_length` (its `original_max_position_embeddings`).
+        rope_sections: frequencies for the time, row and column of tokens whose positions are [B, N, 3] (Qwen2-VL).
         window: a query sees this many positions, its own included; None: all.
         window_layers: where it does; None: everywhere.
         query_scale: of the logits; None: head_width**-0.5.
@@ -133,6 +134,7 @@ class DecoderConfig:
     rope_low: float = 1.0
     rope_high: float = 4.0
     rope_length: int = 8192
+    rope_sections: tuple[int, int, int] | None = None
     window: int | None = None
     window_layers: tuple[int, ...] | None = None
     query_scale: float | None = None
@@ -154,7 +156,7 @@ class DecoderConfig:
     drop_path: ClassVar[float] = 0.0
 
     def __post_init__(self):
-        for name in ("window_layers", "eos_ids"):  # which JSON has as lists
+        for name in ("window_layers", "eos_ids", "rope_sections"):  # which JSON has as lists
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         counts = ("vocab_size", "length", "max_length", "width", "hidden", "depth", "heads", "kv_heads", "head_width")
@@ -167,6 +169,12 @@ class DecoderConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(get_args(kind))}")
         if self.heads % self.kv_heads:
             raise ValueError(f"kv_heads={self.kv_heads}: must divide heads={self.heads}")
+        if self.rope_sections is not None:
+            if len(self.rope_sections) != 3 or 2 * sum(self.rope_sections) != self.head_width:
+                half = self.head_width // 2
+                raise ValueError(f"rope_sections={self.rope_sections}: must be three numbers with the sum {half}")
+            if self.rotate == "read" or self.window is not None:
+                raise ValueError(f"rope_sections={self.rope_sections}: needs rotate='write' and no window")
         if self.position == "rope" and self.head_width % 2:
             raise ValueError(f"head_width={self.head_width}: must be even for position='rope'")
         if self.position == "learned" and self.rotate == "read":
@@ -341,11 +349,16 @@ def frequencies(cfg: DecoderConfig) -> np.ndarray:
 Turn = tuple[Float[Array, "B N D/2"], Float[Array, "B N D/2"]]
 
 
-def turns(cfg: DecoderConfig, position: Int[Array, "*B N"]) -> Turn | None:
+def turns(cfg: DecoderConfig, position: Int[Array, "B *N"]) -> Turn | None:
     """Cosines and sines of positions, float32; None where they are not rotary."""
     if cfg.position != "rope":
         return None
-    angle = position[..., None].astype(jnp.float32) * frequencies(cfg)
+    if cfg.rope_sections is None:
+        by_frequency = position[..., None]
+    else:  # of Qwen2-VL: the first frequencies belong to the time, the next to the row, the last to the column
+        axes = position if position.ndim > 2 else jnp.repeat(position[..., None], 3, -1)
+        by_frequency = axes[..., np.repeat(np.arange(3), cfg.rope_sections)]
+    angle = by_frequency.astype(jnp.float32) * frequencies(cfg)
     return jnp.cos(angle), jnp.sin(angle)
 
 
@@ -570,7 +583,7 @@ class Decoder(Blocks):
         tokens = tokens.traced() if trace else tokens
         context = (context or Context()).replace(key=key)
         active = _active(hooks, np.arange(tokens.length), None)
-        tokens, _, traces, kept = self._through(tokens, hooks, context, _reach(inputs, tokens), active, states=states)
+        tokens, _, traces, kept = self._through(tokens, hooks, context, inputs, active, states=states)
         features = self.normed(tokens.x)
         return DecoderOutput(
             self.logits(features), features, tokens, tuple(traces) if trace else None, tuple(kept) if states else None
@@ -602,9 +615,10 @@ class Decoder(Blocks):
         tokens = self.embed(inputs)
         length, position = tokens.length, tokens.position
         assert position is not None
-        start = (position if tokens.valid is None else jnp.where(tokens.valid, position, -1)).max(1) + 1
+        largest = position if position.ndim == 2 else position.max(-1)
+        start = (largest if tokens.valid is None else jnp.where(tokens.valid, largest, -1)).max(1) + 1
         active = _active(hooks, np.arange(length), length)
-        tokens, kept, _, _ = self._through(tokens, hooks, context, _reach(inputs, tokens), active, cached=True)
+        tokens, kept, _, _ = self._through(tokens, hooks, context, inputs, active, cached=True)
         cache = kv.fill(kept, start.astype(jnp.int32), length, capacity, self.cfg.rotate)
         for hook in hk.at(hooks, "after_prefill"):
             cache = hook(cache, tokens)
@@ -621,7 +635,10 @@ class Decoder(Blocks):
         cfg = self.cfg
         cfg.check(inputs)
         if isinstance(inputs, Tokens):
-            return inputs if inputs.position is not None else inputs.replace(position=_places(inputs.x, inputs.valid))
+            places = _places(inputs.x, inputs.valid)
+            if inputs.position is None:
+                return inputs.replace(position=places)
+            return inputs if inputs.order is not None else inputs.replace(order=places)
         ids, valid = (inputs.ids, inputs.valid) if isinstance(inputs, Prompts) else (inputs, None)
         if valid is None and cfg.pad_id is not None:
             valid = ids != cfg.pad_id
@@ -658,7 +675,7 @@ class Decoder(Blocks):
         tokens: Tokens,
         hooks: Sequence[hk.Hook],
         context: Context,
-        reach: int | None,
+        inputs: Any,
         active: Any = None,
         *,
         states: bool = False,
@@ -666,8 +683,8 @@ class Decoder(Blocks):
     ) -> tuple[Tokens, list[Kept | None], list[LayerTrace], list[Tokens]]:
         """All blocks: the tokens behind them, what each leaves for a cache, traces and states, if asked for.
 
-        `reach`: positions are below it, where that is known. `active` [L, N]: which blocks run for which slots; where
-        it is a NumPy array, a block that runs for none costs nothing.
+        `inputs`: what the tokens were made of. `active` [L, N]: which blocks run for which slots; where it is a NumPy
+        array, a block that runs for none costs nothing.
         """
         cfg, first = self.cfg, tokens.position
         assert first is not None
@@ -675,11 +692,13 @@ class Decoder(Blocks):
         hooks = [hook for hook in hooks if hook.where not in CACHE_SITES]
         traced = tokens.origin is not None
         tokens, _ = hk.reduce(hooks, "input", 0, tokens, Signals(context=context))
-        # A window that reaches as far as the text is none.
-        windows = [w if w is not None and (reach is None or w < reach) else None for w in cfg.windows]
+        given = isinstance(inputs, Tokens)
+        # A window that reaches as far as the text is none. Positions that were given may lie anywhere.
+        windows = [w if w is not None and (given or w < first.shape[1]) else None for w in cfg.windows]
+        stand = not given or inputs.order is None  # in the order of their slots
         spans = [cfg.depth]
         position = first if tokens.position is None else tokens.position
-        shared = Shared(position, turns(cfg, position), ordered=position is first)
+        shared = Shared(position, turns(cfg, position), ordered=stand and position is first)
         if cfg.kv_layers is not None:
             spans = [cfg.kv_layers, cfg.depth]
         kept: list[Kept | None] = []
@@ -691,7 +710,7 @@ class Decoder(Blocks):
                 shared = shared.replace(source=tokens.replace(x=self.norm_kv(tokens.x).astype(tokens.x.dtype)))
             alone = start == cfg.kv_layers and cfg.kv_group > 1
             for at, end, block in self._runs(cfg, hooks, start, stop, whole=whole and not alone):
-                shared = self._of(shared, tokens, first)
+                shared = self._of(shared, tokens, first if stand else None)
                 if block is None:
                     tokens, some = self._scan_cached(tokens, at, end, context, shared, windows, cached)
                     kept += some
@@ -717,7 +736,7 @@ class Decoder(Blocks):
                     traces.append(LayerTrace(tokens.origin, size, entered.count(), entered.length, tokens.length))
         return tokens, kept, traces, after
 
-    def _of(self, shared: Shared, tokens: Tokens, first: Array) -> Shared:
+    def _of(self, shared: Shared, tokens: Tokens, first: Array | None) -> Shared:
         if tokens.position is shared.position:
             return shared
         assert tokens.position is not None
@@ -894,10 +913,6 @@ def _of_slots(turn: Turn | None, group: Group) -> Any:
 def _keep(tokens: Tokens, signals: Any, shared: bool = False) -> Kept:
     key = signals.key if getattr(signals, "unrotated", None) is None else signals.unrotated
     return Kept(tokens, key, signals.value, shared)
-
-
-def _reach(inputs: Any, tokens: Tokens) -> int | None:
-    return None if isinstance(inputs, Tokens) else tokens.length
 
 
 def _places(x: Array, valid: Bool[Array, "B N"] | None) -> Int[Array, "B N"]:
