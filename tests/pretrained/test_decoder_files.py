@@ -144,3 +144,25 @@ def test_shards(tmp_path):
     (folder / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(UserError, match=r"model-00002-of-00002\.safetensors does not exist"):
         tokjax.load(folder)
+
+
+def test_more_ends_beside_the_configuration(tmp_path):
+    folder = foreign(tmp_path, {})
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7]}))
+    assert tokjax.load(folder).config.eos_ids == (2, 7)
+
+
+def test_reduced_and_stacked_models_come_back(tmp_path):
+    """With their reducers; stacked blocks give the same texts, and are saved as others are."""
+    model = tokjax.reduce(build(depth=5), "fastv", layer=1, kept=2)
+    tokjax.save(model, tmp_path / "plain")
+    again = tokjax.load(tmp_path / "plain", scan=True)
+    assert again.config == dataclasses.replace(model.config, scan=True)
+    assert [method.settings for method in again.methods] == [{"layer": 1, "kept": 2}]
+    one, other = (each.generate(IDS, max_tokens=4, eos_id=None) for each in (model, again))
+    np.testing.assert_array_equal(one.ids, other.ids)
+    np.testing.assert_allclose(one.score, other.score, atol=1e-5)
+    tokjax.save(again, tmp_path / "stacked", dtype="bfloat16")
+    names = [set(load_file(tmp_path / name / "model.safetensors")) for name in ("plain", "stacked")]
+    assert names[0] == names[1]
+    assert tokjax.load(tmp_path / "stacked").methods == again.methods

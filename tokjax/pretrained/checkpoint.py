@@ -221,7 +221,10 @@ def _understand(
     if not isinstance(own, dict) or not {"version", "format", "model"} <= own.keys():
         family = families.recognise(found.config, found.tensors)
         tensors = family.view(found.config, found.tensors)
-        return family, family.configure(found.config, tensors), None, tensors
+        config = found.config
+        if family.generates and (ends := (found.generation or {}).get("eos_token_id")) is not None:
+            config = {**config, "eos_token_id": ends}  # chat models have more of them there
+        return family, family.configure(config, tensors), None, tensors
     if own["version"] != _VERSION or own["format"] not in families.FAMILIES:
         raise UserError(
             f"config.json was written by another version ({own['version']}, {own['format']}); "

@@ -25,6 +25,7 @@ from tokjax.writing import refuse_unfinished
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
+GENERATION = "generation_config.json"
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 TOKENIZER = "tokenizer.json"
 
@@ -38,7 +39,7 @@ _SUFFIXES = ((".safetensors",), (".pth", ".pt", ".bin", ".ckpt", ".npz"))
 _NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state)\b.*|rng_state_\d+\.pth")
 
 _SMALL_HUB_FILES = [
-    *(CONFIG, PROCESSOR, OPEN_CLIP_CONFIG, TOKENIZER),
+    *(CONFIG, PROCESSOR, OPEN_CLIP_CONFIG, TOKENIZER, GENERATION),
     *("tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "spiece.model"),
     "chat_template.jinja",
 ]
@@ -123,6 +124,7 @@ class Files:
         tensors: the weights.
         processor: of images, `preprocessor_config.json`.
         tokenizer: the folder, if it holds a tokenizer.
+        generation: of texts, `generation_config.json`.
     """
 
     path: Path
@@ -130,6 +132,7 @@ class Files:
     tensors: Tensors
     processor: dict[str, Any] | None
     tokenizer: Path | None
+    generation: dict[str, Any] | None = None
 
 
 def find(path_or_id: str | Path) -> Files:
@@ -163,6 +166,7 @@ def find(path_or_id: str | Path) -> Files:
         tensors=_tensors(weights),
         processor=_read_json(folder / PROCESSOR),
         tokenizer=_tokenizer(folder),
+        generation=_read_json(folder / GENERATION),
     )
 
 

@@ -45,6 +45,7 @@ class Family:
         gated: the rows of a gated MLP, where they differ.
         blank: names and shapes of tensors that the family's own library expects where the model does without; they are
             written as zeros.
+        generates: whether `generation_config.json` beside a model has a say in what ends a text.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Family:
     interpolation: tuple[Method, bool] = ("bicubic", False)
     gated: Mapping[str, Row] = dataclasses.field(default_factory=dict)
     blank: Callable[[Any], dict[str, tuple[int, ...]]] = lambda config: {}
+    generates: bool = False
 
     def naming(self, config: Config) -> Mapping[str, Row]:
         """The rows for one model."""

@@ -278,6 +278,7 @@ def _family(name: str, architecture: str) -> Family:
         # A copy of a tied embedding, and a table of frequencies that old files have.
         ignored=r"lm_head\.weight|.*rotary_emb\.inv_freq",
         gated=_GATED,
+        generates=True,
     )
 
 

@@ -104,4 +104,5 @@ HF_OPT = Family(
     expresses=_expresses,
     view=prefixed("model.", ("decoder.",)),
     ignored=r"lm_head\.weight",
+    generates=True,
 )
