@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import numpy as np
 import pytest
 from test_decoder import GEMMA2, LENGTHS, QUICK, TINY, Drops, batch, model
@@ -201,19 +201,41 @@ def test_size_is_the_formula():
     cache, _ = program(TINY)
     told = kv.nbytes((1, 2), (12, 9), G, batch=3, heads=2, width=6, itemsize=4)
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(cache.groups)) == told
+    graph, params = model(TINY)
+    read = jax.jit(lambda p: nnx.merge(graph, p).prefill(batch(), Drops().hooks(TINY.info), capacity=G).cache)
+    compiled = read.lower(params).compile(QUICK).memory_analysis().output_size_in_bytes
+    assert abs(compiled / told - 1) < 0.03  # of which the addresses of so few bytes are most
 
 
-def test_sharding():
-    """Rows and heads over a mesh; the step's logits stay as they are."""
-    cache, _ = program(TINY)
+@pytest.mark.parametrize("per_head", [False, True])
+def test_sharding(per_head):
+    """Rows and key heads over a mesh: the same logits, and the cache stays where it is."""
+    cache, go_on = program(TINY)
+    cache = each(cache, kv.per_head) if per_head else cache
     specs = kv.specs(cache)
     assert specs.groups[0].keys[0] == PartitionSpec("data", "model", None, None)
-    assert specs.groups[0].valid == PartitionSpec("data", None)
-    wide = kv.specs(each(cache, kv.per_head))
-    assert wide.groups[0].valid == PartitionSpec("data", "model", None)
-    leaves, _ = jax.tree.flatten(specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
-    for leaf, spec in zip(jax.tree.leaves(cache), leaves, strict=True):
-        assert len(spec) <= leaf.ndim
+    assert specs.groups[0].valid == (PartitionSpec("data", "model", None) if per_head else PartitionSpec("data", None))
+    if len(jax.devices()) < 6:
+        pytest.skip("needs 6 devices")
+    mesh = jax.make_mesh((3, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:6])
+    placed = jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), cache, specs)
+    logits, after = go_on(placed)
+    np.testing.assert_allclose(logits, plain(), atol=2e-5)
+    assert {shard.data.shape for shard in after.groups[0].keys[0].addressable_shards} == {(1, 1, 12 + G, 6)}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.replace(layers=c.layers[:2]), "cache has 2 layers: must have 3"),
+        (lambda c: jax.tree.map(lambda x: x[:2] if x.ndim else x, c), r"\(2, 2, 6\): must have \(3, 2, 6\)"),
+        (lambda c: c.replace(rotate="read"), "cache has rotate='read': must have 'write'"),
+    ],
+)
+def test_caches_of_others(change, message):
+    cache, go_on = program(TINY)
+    with pytest.raises(ValueError, match=message):
+        go_on(change(cache))
 
 
 @dataclasses.dataclass(frozen=True)

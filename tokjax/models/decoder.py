@@ -245,6 +245,22 @@ class DecoderConfig:
         if valid is not None and valid.shape != ids.shape:
             raise ValueError(f"valid has shape {valid.shape}: must be that of ids, {ids.shape}")
 
+    def check_cache(self, cache: Cache, batch: int) -> None:
+        """Refuses a cache that is not of this model and batch.
+
+        Raises:
+            ValueError: names what is wrong and what is allowed.
+        """
+        if len(cache.layers) != self.depth:
+            raise ValueError(f"cache has {len(cache.layers)} layers: must have {self.depth}")
+        shape = (batch, self.kv_heads, self.head_width)
+        for group in cache.groups:
+            b, heads, _, width = group.keys[0].shape
+            if (b, heads, width) != shape:
+                raise ValueError(f"cache has (batch, key heads, head width) {(b, heads, width)}: must have {shape}")
+        if cache.rotate != self.rotate:
+            raise ValueError(f"cache has rotate={cache.rotate!r}: must have {self.rotate!r}")
+
     def check_ids(self, name: str, ids: Any) -> None:
         """The same of one array."""
         shape, dtype = getattr(ids, "shape", None), getattr(ids, "dtype", None)
@@ -831,8 +847,12 @@ class Decoder(Blocks):
         """Takes in one embedded token a row: its features after the final norm, and the cache with it.
 
         A cache has room for its `capacity` of tokens; one more would take the last one's place.
+
+        Raises:
+            ValueError: a cache of another model, batch or rotation.
         """
         cfg = self.cfg
+        cfg.check_cache(cache, len(x))
         blocks = self._unstacked() if blocks is None else blocks
         active = _active(hooks, cache.order, cache.length)
         turn, order, position = _by_head(turns(cfg, cache.position[:, None])), cache.order, cache.position
