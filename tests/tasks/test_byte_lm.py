@@ -26,8 +26,9 @@ def config_of(**changes) -> ml_collections.ConfigDict:
     config.data.test_subset = 6
     config.data.num_threads = 0
     config.batch_size, config.eval_batch_size = 4, 4
-    config.train.total_steps, config.train.log_every, config.train.checkpoint_every = 4, 1, 2
+    config.train.total_steps, config.train.log_every, config.train.checkpoint_every = 5, 1, 2
     config.control.target, config.control.k_p = 0.4, 20.0
+    config.learn.without = 1
     config.viz.texts = 2
     config.update_from_flattened_dict(changes)
     return config
@@ -50,7 +51,9 @@ def rows_of(workdir, key):
 def test_the_weight_follows_the_rate(ran):
     workdir, config = ran
     weight = integral = proportional = 0.0
-    for row in rows_of(workdir, "train/weight"):
+    first, *rows = rows_of(workdir, "train/weight")
+    assert first["train/deleted"] == first["train/weight"] == 0 and "train/loss/gate" not in first  # it has not joined
+    for row in rows:
         assert row["train/weight"] == pytest.approx(weight, rel=1e-5, abs=1e-7)
         assert (row["train/loss/gate"] == 0) == (weight == 0)
         error = config.control.target - row["train/deleted"] / row["train/tokens"]
@@ -133,7 +136,9 @@ def test_a_trained_model_starts_another_task(ran):
 
 
 def test_decoder_alone_reads_nothing(tmp_path):
-    config = config_of(**{"data.decoder_only": True, "control.target": None, "train.total_steps": 1})
+    config = config_of(
+        **{"data.decoder_only": True, "control.target": None, "train.total_steps": 1, "learn.without": 0}
+    )
     config.reduce = ml_collections.ConfigDict({"name": ""})
     task = ByteLM(config, tmp_path, "")
     task.run("train")
@@ -148,6 +153,8 @@ def test_bad_configs(tmp_path):
         ByteLM(config, tmp_path, "").run("train")
     with pytest.raises(UserError, match=r"target=1\.5"):
         ByteLM(config_of(**{"control.target": 1.5}), tmp_path, "").run("train")
+    with pytest.raises(UserError, match="without=5"):
+        ByteLM(config_of(**{"learn.without": 5}), tmp_path, "").run("train")
     with pytest.raises(UserError, match="heads=0"):
         ByteLM(config_of(**{"model.heads": 0}), tmp_path, "").run("train")
     with pytest.raises(UserError, match="unknown text task 'poems'"):

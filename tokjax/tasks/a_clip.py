@@ -105,7 +105,8 @@ class AClip(Retrieval):
 
     def heads(self, model: api.DualModel) -> dict[str, tuple[Any, PyTree[Array]]]:
         """Of every head its graph and its initial parameters."""
-        width, at, rngs = model.vision.config.pooled_width, self.config.a_clip, nnx.Rngs(self.config.seed)
+        width, at = model.vision.config.pooled_width, self.config.a_clip
+        rngs = nnx.Rngs(jax.random.fold_in(jax.random.key(self.config.seed), 1))  # other keys than the towers'
         with user_input():
             made = {
                 "simclr": Projector((width, at.hidden, at.hidden, at.embedding), bias=True, rngs=rngs),

@@ -59,6 +59,7 @@ def default_config() -> ml_collections.ConfigDict:
 
     config.learn = learn = ml_collections.ConfigDict()
     learn.network = True  # whether the network is trained, or the reducer alone
+    learn.without = 0  # steps at the start without the reducer, in which the network learns what to look at
     learn.network_lr_scale = 1.0  # what the learning rate is multiplied by, for the network
     learn.reducer_lr_scale = 1.0  # the same for the reducer's own parameters
 
@@ -177,10 +178,16 @@ class ByteLM(Experiment):
                 f"config.control.target={self.config.control.target}: the reducer "
                 f"{self.config.reduce.name or '(none)'!r} has no term {STEERED!r} to steer"
             )
+        without, total = self.config.learn.without, self.config.train.total_steps
+        if not 0 <= without < total:
+            raise UserError(f"config.learn.without={without}: must be at least 0 and below total_steps={total}")
+        stages = [(without, self.loss(learning))]
+        if without:
+            stages.insert(0, (0, self.loss(model.unreduced)))
         self.fit(
             model,
             self.loader("train", train=True),
-            self.loss(learning),
+            stages,
             self.evaluation(model),
             frozen=() if self.config.learn.network else ("model/.*",),
             scales=self.scales(model),
@@ -189,9 +196,10 @@ class ByteLM(Experiment):
 
     def controller(self) -> controllers.Controller:
         control = self.config.control
+        delay = max(control.delay, self.config.learn.without)
         if control.target is None:
-            return controllers.Constant(control.weight, control.delay)
-        return controllers.PI(control.target, control.k_p, control.k_i, control.weight, control.delay)
+            return controllers.Constant(control.weight, delay)
+        return controllers.PI(control.target, control.k_p, control.k_i, control.weight, delay)
 
     def scales(self, model: api.Model) -> tuple[tuple[str, float], ...]:
         """Learning rates by part."""
@@ -211,8 +219,11 @@ class ByteLM(Experiment):
         """Of a model in its training form; every term is a metric, its weight included."""
 
         def forward(params, inputs, keys) -> dict[str, Any]:
-            out = model.forward(params, inputs, key=keys, train=True)
-            return {"logits": out.logits, "terms": losses(out.tokens.aux), "counts": noted(out)}
+            own = {name: params[name] for name in model.params}
+            out = model.forward(own, inputs, key=keys, train=True)
+            there = (inputs.ids != model.config.pad_id).sum(1)
+            counts = {"tokens": there, "deleted": jnp.zeros_like(there), **noted(out)}
+            return {"logits": out.logits, "terms": losses(out.tokens.aux), "counts": counts}
 
         run = parallel.by_rows(forward, self.mesh)
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tokjax.hooks import ModelInfo
+from tokjax.reducers.vit.mergers import own_rngs
 from tokjax.reducers.vit.patchmerger import PatchMerger, Queries
 from tokjax.reducers.vit.sinkhorn import Centres, Sinkhorn, transport
 from tokjax.reducers.vit.sit import SiT, Slimming
@@ -137,3 +138,12 @@ def test_fuser_starts_by_adding_the_same_everywhere():
 def test_settings_that_cannot_be(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_reducer_does_not_start_as_a_copy_of_its_model():
+    """With one seed for both, arrays of one shape would be alike."""
+    model, ours = nnx.Rngs(0), own_rngs(0)
+    drawn = [np.asarray(jax.random.normal(rngs.params(), (256,))) for rngs in (model, ours) for _ in range(8)]
+    assert np.abs(np.corrcoef(drawn)[:8, 8:]).max() < 0.3
+    again = np.asarray(jax.random.normal(own_rngs(0).params(), (256,)))
+    np.testing.assert_array_equal(again, drawn[8])

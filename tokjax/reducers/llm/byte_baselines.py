@@ -32,7 +32,7 @@ from tokjax import schedules
 from tokjax.hooks import Hook, ModelInfo
 from tokjax.reducers.llm.gates import SCALE, check_capacity, counted, default_layer, harden, inside, soften
 from tokjax.reducers.vit.controls import pool_cells
-from tokjax.reducers.vit.mergers import linear
+from tokjax.reducers.vit.mergers import linear, own_rngs
 from tokjax.reducers.vit.staged import drawn
 from tokjax.relax import straight_through
 from tokjax.signals import Signals
@@ -270,7 +270,7 @@ class BoundaryPooling(nnx.Module):
         check_capacity(capacity)
         self.width, self.layer, self.prior, self.capacity = info.width, _layer(layer, info), prior, capacity
         self.temperature, self.weight, self.soft, self.seed = temperature, weight, soft, seed
-        rngs = nnx.Rngs(seed)
+        rngs = own_rngs(seed)
         hidden = max(1, info.mlp_macs // (3 * info.width)) if hidden is None else hidden
         self.norm = nnx.RMSNorm(info.width, epsilon=1e-6, dtype=jnp.float32, rngs=rngs)
         self.predictor = Predictor(info.width, hidden, rngs)
@@ -319,7 +319,7 @@ class ConvPooling(nnx.Module):
         if stride < 1 or stride != int(stride):
             raise ValueError(f"stride={stride}: must be a whole number of at least 1")
         self.width, self.layer, self.stride = info.width, _layer(layer, info), stride
-        rngs = nnx.Rngs(seed)
+        rngs = own_rngs(seed)
         self.norm = nnx.RMSNorm(info.width, epsilon=1e-6, dtype=jnp.float32, rngs=rngs)
         self.conv = linear(stride * info.width, info.width, rngs)
 

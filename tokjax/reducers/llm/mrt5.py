@@ -58,6 +58,7 @@ from tokjax.reducers.llm.gates import (
     mean_inside,
     soften,
 )
+from tokjax.reducers.vit.mergers import own_rngs
 from tokjax.reducers.vit.staged import drawn
 from tokjax.signals import Signals, logits
 from tokjax.token_map import Plan
@@ -158,7 +159,7 @@ class MrT5(nnx.Module):
         self.capacity, self.overflow, self.target, self.compat = capacity, overflow, target, compat
         self.loss_weight, self.loss, self.scores, self.gumbel = loss_weight, loss, scores, gumbel
         self.depth, self.decoder_depth = info.depth, info.decoder_depth
-        rngs = nnx.Rngs(seed)
+        rngs = own_rngs(seed)
         self.norm = nnx.RMSNorm(info.width, epsilon=1e-6, dtype=jnp.float32, rngs=rngs)
         self.out = nnx.Linear(
             info.width,

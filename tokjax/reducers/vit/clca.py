@@ -47,7 +47,7 @@ from jaxtyping import Array, Float
 
 from tokjax import schedules
 from tokjax.hooks import Hook, Logits, ModelInfo, Reducer, reducing
-from tokjax.reducers.vit.mergers import layer_norm
+from tokjax.reducers.vit.mergers import layer_norm, own_rngs
 from tokjax.reducers.vit.staged import NOTING
 from tokjax.signals import Signals
 from tokjax.token_map import Plan, rows
@@ -253,7 +253,7 @@ class CLCA(nnx.Module):
         self.cache, self.gap, self.num_clr, self.recover_at_last = cache, gap, num_clr, recover_at_last
         self.pool_cls, self.pool_clr, self.learning = pool_cls, pool_clr, learning
         self.depths = tuple(sorted({*self.layers, info.depth - 1}))  # where the head reads
-        rngs = nnx.Rngs(seed)
+        rngs = own_rngs(seed)
         if num_clr:
             self.clr = nnx.Param(0.02 * jax.random.normal(rngs.params(), (1, num_clr, info.width)))
         self.head = classifier(info, len(self.depths), expand, rngs) if head else None

@@ -33,7 +33,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from tokjax.hooks import Hook, ModelInfo
-from tokjax.reducers.vit.mergers import layer_norm, linear, locations
+from tokjax.reducers.vit.mergers import layer_norm, linear, locations, own_rngs
 from tokjax.reducers.vit.staged import Tabled, drawn, noted, noting, ranked, select
 from tokjax.signals import Signals
 from tokjax.token_map import Plan
@@ -178,7 +178,7 @@ class DynamicViT(nnx.Module):
         if not 0 <= ratio_weight < math.inf:
             raise ValueError(f"ratio_weight={ratio_weight}: must be at least 0 and finite")
         hooks = locations(info, keep_rate, layers, kept)
-        rngs = nnx.Rngs(seed)
+        rngs = own_rngs(seed)
         self.width, self.masked = info.width, masked
         each = ratio_weight / max(len(hooks), 1)
         stages = [Pruner(info.width, hook.layer, hook.reducer, each, sampled, rngs=rngs) for hook in hooks]

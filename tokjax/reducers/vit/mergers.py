@@ -7,6 +7,7 @@ number of outputs. A row with no more valid tokens than outputs keeps them all a
 from collections.abc import Callable, Sequence
 
 from flax import nnx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -15,6 +16,16 @@ from tokjax.reducers.vit.staged import Tabled
 from tokjax.signals import Signals
 from tokjax.token_map import Plan, SoftMap, behind_prefix
 from tokjax.tokens import MASKED, Tokens
+
+_REDUCER = 0x72656475  # any number that no stream of a model counts to
+
+
+def own_rngs(seed: int) -> nnx.Rngs:
+    """For the initial parameters of a reducer: other keys than a model's with the same seed.
+
+    Arrays that are drawn from one key are alike, so that a gate would start along a direction of the network it reads.
+    """
+    return nnx.Rngs(jax.random.fold_in(jax.random.key(seed), _REDUCER))
 
 
 def layer_norm(width: int, eps: float, rngs: nnx.Rngs) -> nnx.LayerNorm:

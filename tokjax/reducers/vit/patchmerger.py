@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from tokjax.hooks import ModelInfo
-from tokjax.reducers.vit.mergers import Merger, Mergers, layer_norm, softmax_over_tokens
+from tokjax.reducers.vit.mergers import Merger, Mergers, layer_norm, own_rngs, softmax_over_tokens
 
 
 class Queries(Merger):
@@ -62,5 +62,5 @@ class PatchMerger(Mergers):
         scaled: bool = False,
         seed: int = 0,
     ):
-        rngs = nnx.Rngs(seed)
+        rngs = own_rngs(seed)
         super().__init__(info, lambda count: Queries(info.width, count, scaled, rngs=rngs), keep_rate, layers, kept)

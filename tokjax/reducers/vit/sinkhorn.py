@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from tokjax.hooks import ModelInfo
-from tokjax.reducers.vit.mergers import Merger, Mergers
+from tokjax.reducers.vit.mergers import Merger, Mergers, own_rngs
 from tokjax.tokens import MASKED
 
 
@@ -103,5 +103,5 @@ class Sinkhorn(Mergers):
             raise ValueError(f"eps={eps}: must be above 0")
         if iters < 1:
             raise ValueError(f"iters={iters}: must be at least 1")
-        rngs = nnx.Rngs(seed)
+        rngs = own_rngs(seed)
         super().__init__(info, lambda count: Centres(info.width, count, eps, iters, rngs=rngs), keep_rate, layers, kept)

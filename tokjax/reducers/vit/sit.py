@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from tokjax.hooks import ModelInfo
-from tokjax.reducers.vit.mergers import Merger, Mergers, layer_norm, linear, softmax_over_tokens
+from tokjax.reducers.vit.mergers import Merger, Mergers, layer_norm, linear, own_rngs, softmax_over_tokens
 
 
 class Slimming(Merger):
@@ -57,5 +57,5 @@ class SiT(Mergers):
         kept: int | Sequence[int] | None = None,
         seed: int = 0,
     ):
-        rngs = nnx.Rngs(seed)
+        rngs = own_rngs(seed)
         super().__init__(info, lambda count: Slimming(info.width, count, rngs=rngs), keep_rate, layers, kept)

@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float
 
 from tokjax import schedules
 from tokjax.hooks import ModelInfo
-from tokjax.reducers.vit.mergers import Merger, Mergers, layer_norm, linear, softmax_over_tokens
+from tokjax.reducers.vit.mergers import Merger, Mergers, layer_norm, linear, own_rngs, softmax_over_tokens
 
 Version = Literal["v1.1", "v1"]
 BOTTLENECK = 64
@@ -126,7 +126,7 @@ class TokenLearner(Mergers):
             raise ValueError(f"version={version!r}: must be one of {', '.join(get_args(Version))}")
         if how not in ("sum", "mean"):
             raise ValueError(f"how={how!r}: must be 'sum' or 'mean'")
-        grid, rngs = info.grid, nnx.Rngs(seed)
+        grid, rngs = info.grid, own_rngs(seed)
         if version == "v1.1":
             super().__init__(info, lambda count: DenseMaps(info.width, count, rngs=rngs), keep_rate, layers, kept)
             return
