@@ -2,7 +2,13 @@
 
 Run by hand, with torch and transformers (4.55 was used, whose configurations have the older layout of rotary settings):
 
-    python tests/oracles/decoders.py tests/golden/lm-checkpoints
+    python tests/oracles/decoders.py vectors tests/golden/lm-checkpoints
+
+With these vectors it also checks that transformers reads what is saved here, in two steps, as neither environment needs
+the packages of the other:
+
+    python tests/oracles/decoders.py save tests/golden/lm-checkpoints FOLDER     # with tokjax
+    python tests/oracles/decoders.py check tests/golden/lm-checkpoints FOLDER    # with torch and transformers
 
 Arrays as of the other models there, with padding on the right; `generate/<how>_ids` are new tokens, padded behind their
 end, of the same texts (transformers was given them with padding on the left, which it needs), and
@@ -12,11 +18,16 @@ end, of the same texts (transformers was given them with padding on the left, wh
 import json
 from pathlib import Path
 import sys
+import tempfile
+from typing import Any
 
 import numpy as np
-import torch
-import transformers
-from transformers import AutoConfig, AutoModelForCausalLM
+
+try:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+except ImportError:  # to save
+    torch: Any = None
 
 NEW, VOCABULARY = 7, 23
 ENDS = (12, 7, 9)
@@ -51,7 +62,7 @@ CASES = {
 BEAMS = {"gemma2_windows": [(3, 1.0)], "llama_biases_linear": [(2, 2.0)]}
 
 
-def model(kind: str, fields: dict) -> transformers.PreTrainedModel:
+def model(kind: str, fields: dict) -> Any:
     config = AutoConfig.for_model(kind, **fields)
     config._attn_implementation = "eager"
     made = AutoModelForCausalLM.from_config(config).eval()
@@ -67,7 +78,7 @@ def model(kind: str, fields: dict) -> transformers.PreTrainedModel:
     return made
 
 
-def arrays(made: transformers.PreTrainedModel, searches: list[tuple[int, float]]) -> dict[str, np.ndarray]:
+def arrays(made: Any, searches: list[tuple[int, float]]) -> dict[str, np.ndarray]:
     config, generator = made.config, torch.Generator().manual_seed(1)
     ids = torch.randint(3, VOCABULARY, (3, 12), generator=generator)
     mask = torch.ones_like(ids)
@@ -92,19 +103,51 @@ def arrays(made: transformers.PreTrainedModel, searches: list[tuple[int, float]]
     return {name: value.numpy() for name, value in results.items()}
 
 
-def padded(sequences: torch.Tensor, config) -> torch.Tensor:
+def padded(sequences: Any, config) -> Any:
     """Without the prompt, and with padding behind the end."""
     new = torch.nn.functional.pad(sequences[:, 12:], (0, NEW + 12 - sequences.shape[1])).int()
     behind = (new == config.eos_token_id).cumsum(-1) - (new == config.eos_token_id).int() > 0
     return new.masked_fill(behind, config.pad_token_id)
 
 
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
+def vectors(golden: Path) -> None:
     for name, (kind, fields) in CASES.items():
         made = model(kind, fields)
         config = {**made.config.to_diff_dict(), **fields, "model_type": kind}
         config["tie_word_embeddings"] = made.config.tie_word_embeddings
         text = json.dumps(config, indent=1).encode()
         stored = arrays(made, BEAMS.get(name, []))
-        np.savez_compressed(folder / f"{name}.npz", **stored, config_json=np.frombuffer(text, np.uint8))
+        np.savez_compressed(golden / f"{name}.npz", **stored, config_json=np.frombuffer(text, np.uint8))
+
+
+def save(golden: Path, folder: Path) -> None:
+    from safetensors.numpy import save_file
+
+    import tokjax
+
+    for name in CASES:
+        file = np.load(golden / f"{name}.npz")
+        with tempfile.TemporaryDirectory() as there:
+            tensors = {key.removeprefix("param/"): file[key] for key in file if key.startswith("param/")}
+            save_file(tensors, Path(there) / "model.safetensors")
+            (Path(there) / "config.json").write_bytes(file["config_json"].tobytes())
+            tokjax.save(tokjax.load(there), folder / name)
+
+
+def check(golden: Path, folder: Path) -> None:
+    for name in CASES:
+        file = np.load(golden / f"{name}.npz")
+        made, report = AutoModelForCausalLM.from_pretrained(
+            folder / name, output_loading_info=True, attn_implementation="eager"
+        )
+        assert not any(report.values()), report
+        ids, mask = (torch.tensor(file[key]).long() for key in ("input_ids", "attention_mask"))
+        with torch.no_grad():
+            logits = made.eval()(ids, attention_mask=mask).logits.numpy()
+        difference = np.abs(logits - file["logits"])[file["attention_mask"] == 1].max()
+        print(name, f"{difference:.1e}")
+        assert difference < 2e-5
+
+
+if __name__ == "__main__":
+    {"vectors": vectors, "save": save, "check": check}[sys.argv[1]](*map(Path, sys.argv[2:]))
