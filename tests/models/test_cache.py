@@ -207,6 +207,65 @@ def test_size_is_the_formula():
     assert abs(compiled / told - 1) < 0.03  # of which the addresses of so few bytes are most
 
 
+@pytest.mark.parametrize(("recent", "per_head"), [(0, True), (2, False)])
+def test_slots_that_are_used_again(recent, per_head):
+    """Nine slots for a prompt of five and six new tokens: what is taken over is what eviction by mask takes out."""
+    cache, _ = program(TINY)
+    graph, params = model()
+    rng = np.random.default_rng(0)
+    new = rng.integers(0, 30, (6, 3)).astype(np.int32)
+
+    def small(group):
+        score = rng.permutation(group.prompt).astype(np.float32) + 1
+        group = group.replace(score=jnp.asarray(np.broadcast_to(np.pad(score, (0, G)), group.valid.shape)))
+        group = kv.compact(group, 5)
+        return kv.per_head(group) if per_head else group
+
+    def wider(group):  # of six new tokens
+        told = {name: getattr(group, name) for name in ("position", "order", "kind", "valid", "score")}
+        extra = {name: jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, 3)]) for name, x in told.items()}
+        pairs = {name: getattr(group, name) for name in ("keys", "values")}
+        more = {n: tuple(jnp.pad(x, [(0, 0)] * 2 + [(0, 3), (0, 0)]) for x in pair) for n, pair in pairs.items()}
+        return group.replace(**extra, **more)
+
+    start = each(cache, lambda group: wider(small(group)))
+    bounded = each(start, lambda group: kv.bound(group, 9, recent))
+    assert {group.slots for group in bounded.groups} == {9}
+
+    def without(order, group):
+        """Makes room for a token where nine are there."""
+        made = (group.kind == kv.MADE) & (group.order > order - recent)
+        worth = jnp.where(group.valid & ~made, group.score * 100 + group.order, jnp.inf)  # the oldest of equal ones
+        full = group.count()[..., None] == 9
+        return kv.evict(group, full & (jnp.arange(group.slots) == jnp.argmin(worth, -1)[..., None]))
+
+    @functools.partial(jax.jit, compiler_options=QUICK, static_argnums=1)
+    def steps(cache, by_mask):
+        step, outs = nnx.merge(graph, params).steps(), []
+        for t in range(6):
+            cache = each(cache, functools.partial(without, cache.order)) if by_mask else cache
+            logits, cache = step(cache, new[t])
+            outs.append(logits)
+        return jnp.stack(outs), cache
+
+    got, after = steps(bounded, False)
+    want, _ = steps(start, True)
+    np.testing.assert_allclose(got, want, atol=2e-5)
+    for group in after.groups:
+        assert group.slots == 9
+        assert group.valid.all()
+        made = np.asarray((group.kind == kv.MADE).sum(-1))
+        assert (made >= max(recent, 1)).all()
+
+
+def test_bounds():
+    group = program(TINY)[0].groups[0]
+    with pytest.raises(ValueError, match="slots=11: must be at least the 12 of the prompt"):
+        kv.bound(group, 11)
+    with pytest.raises(ValueError, match="recent=12: must be at least 0 and below slots=12"):
+        kv.bound(group, 12, 12)
+
+
 @pytest.mark.parametrize("per_head", [False, True])
 def test_sharding(per_head):
     """Rows and key heads over a mesh: the same logits, and the cache stays where it is."""

@@ -33,6 +33,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from tokjax.signals import slot_order
 from tokjax.tokens import MASKED, Tokens
 
+Slot = Int[Array, "*BK"]  # one for all rows, or one a row, or one a row and key head
 EMPTY, PREFIX, VISUAL, PROMPT, MADE = range(5)
 Rotate = Literal["write", "read"]
 
@@ -49,6 +50,7 @@ class Group(struct.PyTreeNode):
     bias: Float[Array, "B *K S"] | None = None  # on logits: log sizes of merged tokens, gates
     score: Float[Array, "B *K S"] | None = None  # for whoever evicts
     prompt: int = struct.field(pytree_node=False, default=0)  # P
+    recent: int | None = struct.field(pytree_node=False, default=None)  # slots are used again, see `bound`
 
     @property
     def slots(self) -> int:
@@ -172,30 +174,79 @@ def _group(kept: Sequence[Kept], capacity: int) -> Group:
     )
 
 
-def admit(cache: Cache) -> Cache:
-    """Makes the slot of the next token valid in all groups; keys and values are written by `write`."""
+def admit(cache: Cache) -> tuple[Cache, tuple[Slot, ...]]:
+    """Gives the next token a slot in every group, and tells which; keys and values are written by `write`."""
 
-    def group(one: Group) -> Group:
-        at = one.prompt + cache.at
+    def group(one: Group) -> tuple[Group, Slot]:
+        slot = one.prompt + cache.at if one.recent is None else _least(one, cache.order)
 
         def put(field: Array, value: Any) -> Array:
-            value = jnp.broadcast_to(jnp.asarray(value, field.dtype), field.shape[:-1])[..., None]
-            return jax.lax.dynamic_update_slice_in_dim(field, value, at, field.ndim - 1)
+            value = jnp.broadcast_to(jnp.asarray(value, field.dtype), field.shape[:-1])
+            return _put(field, value[..., None], slot, field.ndim - 1)
 
         position = cache.position.reshape(-1, *(1,) * (one.position.ndim - 2))
-        return one.replace(
-            position=put(one.position, position),
-            order=put(one.order, cache.order),
-            kind=put(one.kind, MADE),
-            valid=put(one.valid, True),
-        )
+        new = {"position": position, "order": cache.order, "kind": MADE, "valid": True, "bias": 0, "score": 0}
+        there = {name: put(getattr(one, name), x) for name, x in new.items() if getattr(one, name) is not None}
+        return one.replace(**there), slot
 
-    return cache.replace(groups=tuple(map(group, cache.groups)))
+    groups, slots = zip(*map(group, cache.groups), strict=True)
+    return cache.replace(groups=groups), slots
 
 
-def write(buffer: Float[Array, "B K S D"], new: Float[Array, "B 1 K D"], at: Int[Array, ""]) -> Float[Array, "B K S D"]:
-    """The buffer with a token in slot `at`, the same in all rows."""
-    return jax.lax.dynamic_update_slice_in_dim(buffer, jnp.swapaxes(new, 1, 2).astype(buffer.dtype), at, 2)
+def _least(group: Group, order: Int[Array, ""]) -> Int[Array, "B *K"]:
+    """The slot that the next token takes over: an empty one, else that of the least score, the oldest of equal ones."""
+    assert group.recent is not None
+    worth = (group.order if group.score is None else group.score).astype(jnp.float32)
+    made = (group.kind == MADE) & (group.order > order - group.recent)
+    worth = jnp.where(group.valid, jnp.where(made, jnp.inf, worth), -jnp.inf)
+    least = worth == worth.min(-1, keepdims=True)
+    return jnp.argmin(jnp.where(least, group.order, jnp.iinfo(jnp.int32).max), -1).astype(jnp.int32)
+
+
+def _put(x: Array, new: Array, slot: Slot, axis: int) -> Array:
+    """`new` at a slot, which is one for all, or one a row, or one a row and head."""
+    if slot.ndim == 0:
+        return jax.lax.dynamic_update_slice_in_dim(x, new, slot, axis)
+    return jax.vmap(lambda x, new, slot: _put(x, new, slot, axis - 1))(x, new, slot)
+
+
+def write(buffer: Float[Array, "B K S D"], new: Float[Array, "B 1 K D"], slot: Slot) -> Float[Array, "B K S D"]:
+    """The buffer with a token in the slot that `admit` told."""
+    return _put(buffer, jnp.swapaxes(new, 1, 2).astype(buffer.dtype), slot, 2)
+
+
+def bound(group: Group, slots: int, recent: int = 0) -> Group:
+    """A group that stays at so many slots however much is made: new tokens take over those of the least `score`.
+
+    Without a score the oldest go, which is a window; a score of infinity keeps a token for ever, as the first ones of a
+    text (Xiao et al., "Efficient Streaming Language Models with Attention Sinks", ICLR 2024). New tokens start at 0;
+    who scores is a `decode_step` hook.
+
+    Args:
+        group: right after the prompt, with at most `slots` for it: see `compact`.
+        slots: S from here on.
+        recent: the last new tokens that stay, whatever their score.
+
+    Raises:
+        ValueError: fewer slots than the prompt has, or none that a new token could take.
+    """
+    if slots < group.prompt:
+        raise ValueError(f"slots={slots}: must be at least the {group.prompt} of the prompt")
+    if not 0 <= recent < slots:
+        raise ValueError(f"recent={recent}: must be at least 0 and below slots={slots}")
+
+    def cut(x: Array, axis: int) -> Array:
+        more = max(0, slots - x.shape[axis])
+        x = jnp.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)])
+        return jax.lax.slice_in_dim(x, 0, slots, axis=axis)
+
+    told = {name: getattr(group, name) for name in ("position", "order", "kind", "valid", "bias", "score")}
+    return group.replace(
+        keys=tuple(cut(x, 2) for x in group.keys),
+        values=tuple(cut(x, 2) for x in group.values),
+        recent=recent,
+        **{name: cut(x, x.ndim - 1) for name, x in told.items() if x is not None},
+    )
 
 
 def attend(

@@ -856,7 +856,7 @@ class Decoder(Blocks):
         blocks = self._unstacked() if blocks is None else blocks
         active = _active(hooks, cache.order, cache.length)
         turn, order, position = _by_head(turns(cfg, cache.position[:, None])), cache.order, cache.position
-        cache = kv.admit(cache)
+        cache, slots = kv.admit(cache)
         keys, values = ([list(getattr(group, name)) for group in cache.groups] for name in ("keys", "values"))
         in_place: list[Turn | None] = [None] * len(cache.groups)
         if cache.rotate == "read":
@@ -889,8 +889,9 @@ class Decoder(Blocks):
             # A skipped block writes zeros, which nobody reads: later tokens skip it too.
             query, *new = _if(None if active is None else active[layer], project, x)
             if owns:
-                slot = group.prompt + cache.at
-                keys[g][i], values[g][i] = kv.write(keys[g][i], new[0], slot), kv.write(values[g][i], new[1], slot)
+                keys[g][i], values[g][i] = (
+                    kv.write(x[g][i], y, slots[g]) for x, y in zip((keys, values), new, strict=True)
+                )
             x, weight = _if(None if active is None else active[layer], rest, x, query, keys[g][i], values[g][i])
             weights.append(weight)
         groups = (
