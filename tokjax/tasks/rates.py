@@ -185,7 +185,7 @@ class Rates(TrainReducer):
             self.note("search", {"target": target, "seed": seed, "settings": kept, "macs_relative": share})
 
     def schedules(self) -> None:
-        """Every method with every hand-set course at the MACs of the searched rates, and with the searched counts."""
+        """Every method with every hand-set course at the MACs of the searched rates; with the counts of one seed too."""
         study, info = self.config.study, self.start.info
         have = {_cell(row) for row in self.done("schedules")}
         patches, searched = info.length - info.prefix, self.done("search")
@@ -197,7 +197,7 @@ class Rates(TrainReducer):
             macs = float(np.mean([row["macs_relative"] for row in found]))
             work += [(target, name, kind, macs) for name in study.methods for kind in study.courses]
             work += [(target, "diffrate", SEARCHED, row) for row in found]
-            work += [(target, name, SEARCHED, row) for name in study.methods if name != "diffrate" for row in found]
+            work += [(target, name, SEARCHED, found[0]) for name in study.methods if name != "diffrate"]
         if _cell({"method": "unreduced"}) not in have:
             self.note("schedules", {"method": "unreduced", **self.judged(self.start, "unreduced")})
         for target, name, kind, at in tqdm(work, desc="schedules", unit="cell", disable=None):
