@@ -24,11 +24,11 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.data.augment.flip = True
     config.data.augment.crop = "pad"
 
-    config.train.total_steps = 400  # half an epoch
-    config.train.checkpoint_every = 400
+    config.train.total_steps = 200  # a quarter of an epoch
+    config.train.checkpoint_every = 200
     config.train.log_every = 20
     config.train.optimiser.lr = 3e-4
-    config.train.optimiser.warmup_steps = 40
+    config.train.optimiser.warmup_steps = 20
     config.train.optimiser.weight_decay = 0.05
     config.learn.reducer_lr_scale = 10.0
     if arg == "short":

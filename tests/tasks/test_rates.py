@@ -28,6 +28,12 @@ def test_settings_leave_the_counts_of_the_course(model, name, left):
     assert api.reduce(model, name, **settings).token_counts() == tuple(1 + n for n in left)
 
 
+def test_pitome_halves_at_most():
+    assert rates.settings_for("pitome", (8,), 16, 1)["keep_rate"] == (0.5,)
+    with pytest.raises(ValueError, match="gone=9: PiToMe merges at most half of 16"):
+        rates.settings_for("pitome", (7,), 16, 1)
+
+
 def test_other_methods_are_refused():
     with pytest.raises(ValueError, match="name='gtp'"):
         rates.settings_for("gtp", (8,), 16, 1)

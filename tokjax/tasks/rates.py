@@ -8,6 +8,7 @@ of all are trained further, all the same way. Rows go to `results.jsonl`, runs t
 
 from collections.abc import Iterator, Mapping, Sequence
 import functools
+import itertools
 import json
 from typing import Any, get_args
 
@@ -86,7 +87,13 @@ def settings_for(name: str, left: Sequence[int], patches: int, prefix: int) -> d
 
 
 def _pitome_rate(gone: int, tokens: int) -> float:
-    """A keep rate with which PiToMe merges so many of these tokens away; counts are rounded down in its code."""
+    """A keep rate with which PiToMe merges so many of these tokens away; counts are rounded down in its code.
+
+    Raises:
+        ValueError: more than half of them.
+    """
+    if 2 * gone > tokens:
+        raise ValueError(f"gone={gone}: PiToMe merges at most half of {tokens} tokens")
     rate = (tokens - gone) / tokens
     while pitome.removed(rate, tokens) < gone:
         rate = np.nextafter(rate, 0)
@@ -185,7 +192,7 @@ class Rates(TrainReducer):
             self.note("search", {"target": target, "seed": seed, "settings": kept, "macs_relative": share})
 
     def schedules(self) -> None:
-        """Every method with every hand-set course at the MACs of the searched rates; with the counts of one seed too."""
+        """Every method with every hand-set course at the MACs of the searched rates; also with the counts of one seed."""
         study, info = self.config.study, self.start.info
         have = {_cell(row) for row in self.done("schedules")}
         patches, searched = info.length - info.prefix, self.done("search")
@@ -209,6 +216,11 @@ class Rates(TrainReducer):
                     model, settings, left = at_cost(name, kind, self.start, at)
                 else:
                     left = _left(at["settings"], info)
+                    steps = itertools.pairwise((patches, *left))
+                    if name in HALVING and any(2 * after < before for before, after in steps):
+                        reason = "a block of it keeps less than half of its tokens"
+                        self.note("schedules", {**row, "left": left, "unreachable": reason})
+                        continue
                     settings = at["settings"] if name == "diffrate" else settings_for(name, left, patches, info.prefix)
                     model = api.reduce(self.start, name, **tuples(settings))
             share = model.cost().total / self.start.cost().total
