@@ -192,7 +192,7 @@ class Rates(TrainReducer):
             self.note("search", {"target": target, "seed": seed, "settings": kept, "macs_relative": share})
 
     def schedules(self) -> None:
-        """Every method with every hand-set course at the MACs of the searched rates; also with the counts of one seed."""
+        """Every method with every hand-set course at the MACs of the searched rates, and with one seed's counts."""
         study, info = self.config.study, self.start.info
         have = {_cell(row) for row in self.done("schedules")}
         patches, searched = info.length - info.prefix, self.done("search")
