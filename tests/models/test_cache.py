@@ -17,7 +17,7 @@ import tokjax
 from tokjax import hooks as hk
 from tokjax.models import cache as kv
 from tokjax.signals import last_row
-from tokjax.token_map import Plan
+from tokjax.token_map import HardMap, Plan
 
 G = 3
 INDEX = st.integers(0, 2**31 - 1)
@@ -342,3 +342,100 @@ def test_hooks_on_the_cache():
     beams = made.generate(ids, valid=valid, max_tokens=G, beams=2)
     assert beams.beam_ids.shape == (3, 2, G)
     assert (np.asarray(beams.score) * G >= np.asarray(last.score) - 1e-4).all()
+
+
+def simulated(params, ids, valid, leave):
+    """All layers on all slots, nothing compact: in layer l a key is seen iff it is no later and l < leave.
+
+    Written from the equations, without the library: TINY's logits [B, N, V].
+    """
+    d, eps = TINY.head_width, TINY.norm_eps
+    position = jnp.cumsum(valid, 1) - 1
+    angle = position[..., None] * TINY.rope_base ** (-jnp.arange(0, d, 2) / d)
+
+    def norm(x, scale):
+        return x / jnp.sqrt((x**2).mean(-1, keepdims=True) + eps) * scale["scale"]
+
+    def turned(x):
+        a, b = x[..., : d // 2], x[..., d // 2 :]
+        cos, sin = jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
+        return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+
+    x = params["embedding"][ids]
+    for layer in range(TINY.depth):
+        block, heads = params["blocks"][layer], (*ids.shape, -1, d)
+        y = norm(x, block["norm1"])
+        query = turned((y @ block["attn"]["q"]["kernel"]).reshape(heads))
+        key, value = jnp.split((y @ block["attn"]["kv"]["kernel"]).reshape(heads), 2, 2)
+        key, value = (jnp.repeat(each, 2, 2) for each in (turned(key), value))
+        alive = valid & (layer < leave)
+        seen = alive[:, None] & (position[:, None] <= position[:, :, None])
+        logits = jnp.where(seen[:, None], jnp.einsum("bqhd,bkhd->bhqk", query, key) * d**-0.5, -1e9)
+        out = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(logits), value).reshape(*ids.shape, -1)
+        x = x + out @ block["attn"]["proj"]["kernel"]
+        gate, up = jnp.split(norm(x, block["norm2"]) @ block["mlp"]["fc1"]["kernel"], 2, -1)
+        x = x + (jax.nn.silu(gate) * up) @ block["mlp"]["fc2"]["kernel"]
+    return norm(x, params["norm"]) @ params["head"]["kernel"]
+
+
+@dataclasses.dataclass(eq=False)
+class Leaves:
+    """Drops a token before the layer that it leaves at; `slots` of each layer."""
+
+    leave: jax.Array
+    slots: tuple[int, ...]
+
+    def hooks(self):
+        return [
+            hk.Hook("before_block", layer, functools.partial(Leaves.at, self, layer), "__call__") for layer in (1, 2)
+        ]
+
+    def at(self, layer, tokens, signals):
+        leave = jnp.take_along_axis(self.leave, jnp.maximum(tokens.position, 0), 1)
+        stays = tokens.valid & (leave > layer)
+        n, slots = tokens.length, self.slots[layer - 1]
+        keep = jnp.argsort(~stays, axis=1, stable=True)[:, :slots]
+        filled = jnp.arange(slots) < stays.sum(1, keepdims=True)
+        nobody = jnp.zeros((tokens.batch, 0), jnp.int32)
+        return Plan(HardMap(jnp.where(filled, keep, n), nobody, nobody, n), how="keep", valid=filled)
+
+
+@functools.cache
+def compact_and_simulated():
+    graph, params = model()
+    more = np.array([[3, 6], [4, 7], [5, 8]], np.int32)
+    ids = np.concatenate([batch().ids, more], 1)
+    valid = np.concatenate([batch().valid, np.ones((3, 2), bool)], 1)
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def both(params, leave):
+        made = nnx.merge(graph, params)
+        read = made.prefill(batch(), Leaves(leave, (9, 6)).hooks(), capacity=2)
+        step = made.steps()
+        one, cache = step(read.cache, more[:, 0])
+        compact = jnp.stack([read.logits, one, step(cache, more[:, 1])[0]])
+        forever = jnp.full((3, 2), TINY.depth)
+        by_slot = jnp.take_along_axis(leave, jnp.maximum(jnp.cumsum(valid[:, :12], 1) - 1, 0), 1)
+        whole = simulated(params, ids, valid, jnp.concatenate([by_slot, forever], 1))
+        last = jnp.array(LENGTHS) - 1
+        masked = jnp.stack([whole[jnp.arange(3), last], whole[:, 12], whole[:, 13]])
+        return compact, masked, [group.count() for group in read.cache.groups]
+
+    return lambda leave: both(params, leave)
+
+
+@quickly
+@given(seed=INDEX)
+def test_compact_caches_are_the_masked_simulation(seed):
+    """Tokens that leave at any layer, a number of its own in every row."""
+    rng = np.random.default_rng(seed)
+    leave = np.full((3, 12), TINY.depth)
+    for row, length in enumerate(LENGTHS):
+        first = rng.integers(1, min(9, length) + 1)  # of these many in layer 1, the last among them
+        second = rng.integers(1, min(6, first) + 1)
+        order = [length - 1, *rng.permutation(length - 1)]
+        leave[row, order[second:]], leave[row, order[first:]] = 2, 1
+    compact, masked, counts = compact_and_simulated()(leave)
+    np.testing.assert_allclose(compact, masked, atol=2e-5)
+    for layer, count in enumerate(counts):
+        np.testing.assert_array_equal(count, [(leave[b, :n] > layer).sum() for b, n in enumerate(LENGTHS)])

@@ -149,7 +149,7 @@ class Tokenizer:
             from jinja2 import TemplateError
             from jinja2.sandbox import ImmutableSandboxedEnvironment
         except ImportError as error:
-            raise UserError("a chat template needs the jinja2 package: pip install jinja2") from error
+            raise UserError("a chat template needs the jinja2 package: pip install tokjax[chat]") from error
 
         def refuse(message: str) -> None:
             raise TemplateError(message)
