@@ -42,7 +42,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         config.train.log_every = 50
         config.train.optimiser.lr = 2e-3
         config.train.optimiser.warmup_steps = 200
-        config.control.delay, dropout = 1000, 0.0
+        config.control.delay, dropout = 1500, 0.0
+        config.learn.without = 1500 * ("plain" not in options)  # a T5 has learned the simple vowels by then
     config.model = model_config("", normaliser="softmax1", dropout=dropout, **sizes)
     if "plain" not in options:
         config.reduce = ml_collections.ConfigDict({"name": "mrt5", "layer": 1, "scores": 0.5})

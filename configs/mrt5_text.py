@@ -48,6 +48,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     if name == size:
         config.reduce = ml_collections.ConfigDict({"name": "mrt5", "layer": layer})
         config.control.target = 0.5
+        config.learn.without = 500 if size == "small" else 0
     else:
         config.title = "ByT5 with softmax1"
     return config
@@ -102,14 +103,15 @@ def study(short: bool) -> ml_collections.ConfigDict:
         return {"label": label, "family": family, "reduce": reduce, "changes": changes or {}}
 
     plain, alone = method("ByT5"), method("decoder alone", changes={"data.decoder_only": True})
-    steered = [method("MrT5", "mrt5", rate, {"control.target": rate}) for rate in RATES]
+    steered = [method("MrT5", "mrt5", rate, {"control.target": rate, "learn.without": 500}) for rate in RATES]
     drawn = [method("random", "byte_random", rate, rate=rate) for rate in RATES]
     fixed = [method("ends of words", "byte_fixed", rate, amount=rate) for rate in RATES]
     pooled = [method("predicted boundaries", "boundary_pooling", rate, prior=round(1 - rate, 1)) for rate in RATES]
     cut = [method("convolution", "conv_pooling", stride, stride=stride) for stride in (2, 3)]
     config.study.methods = (plain, *steered, *drawn, *fixed, *pooled, *cut, alone)
     if short:
-        config.study.methods, config.study.seeds = (plain, steered[1], drawn[1]), (0,)
+        steered = method("MrT5", "mrt5", 0.5, {"control.target": 0.5})
+        config.study.methods, config.study.seeds = (plain, steered, drawn[1]), (0,)
         config.train.total_steps = config.train.eval_every = config.train.checkpoint_every = 60
         config.train.optimiser.warmup_steps = 6
         config.data.test_subset = 100

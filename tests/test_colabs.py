@@ -130,3 +130,16 @@ def test_learn_a_reducer(kernel, tmp_path):
     assert abs(share - 0.5) < 0.03 and abs(table["constant"][1] - share) < 0.01
     assert accuracy > 90 and loss < table["unreduced"][3] + 0.05
     assert len(pictures_of(cells["curve"])) == len(pictures_of(cells["picture"])) == 1
+
+
+def test_mrt5(kernel, tmp_path):
+    cells = run("mrt5", kernel, tmp_path)
+    assert len(pictures_of(cells["curves"])) == len(pictures_of(cells["pictures"])) == 1
+    gone = re.search(r"deleted: (\S+)", text_of(cells["pictures"]))[1]
+    assert len(gone) >= 6 and sum(byte in "aeiouAEIOU#" for byte in gone) > 0.8 * len(gone)
+    rows = re.findall(r"\| (hard|soft) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|", text_of(cells["forms"]))
+    (_, *hard), (_, *soft) = [(form, *map(float, numbers)) for form, *numbers in rows]
+    assert hard[0] < 0.5 and hard[1] > 0.4 and 0.1 < hard[2] == soft[2] < 0.4 and hard[3] < soft[3] == 1
+    for text, written in re.findall(r"(\S+) -> (\S+)", text_of(cells["generate"])):
+        assert len(text) >= len(written) > 12 and text[:3] == written[:3]
+    assert re.search(r"[\d.]+ times faster, with \d+% of the token slots", text_of(cells["speed"]))
