@@ -27,7 +27,7 @@ def config_of(**changes) -> ml_collections.ConfigDict:
     config.data.num_threads = 0
     config.batch_size, config.eval_batch_size = 4, 4
     config.train.total_steps, config.train.log_every, config.train.checkpoint_every = 5, 1, 2
-    config.control.target, config.control.k_p = 0.4, 20.0
+    config.control.target, config.control.k_p = 0.9, 20.0
     config.learn.without = 1
     config.viz.texts = 2
     config.update_from_flattened_dict(changes)
