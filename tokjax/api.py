@@ -339,6 +339,10 @@ class Model:
         elif self._decodes:
             if isinstance(texts, str):
                 raise ValueError(f"texts must be a list of strings, got the string {texts!r}")
+            if not texts:
+                raise ValueError("texts is empty: must have at least one")
+            if valid is not None:
+                raise ValueError("valid: goes with ids; what of a string counts is known")
             ids, valid = _padded(self.preprocess.prompts(texts), cfg.max_length, how.pad_id)
         else:
             ids = self.preprocess(texts)
