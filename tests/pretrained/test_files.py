@@ -368,6 +368,7 @@ class Hub:
 
 
 SMALL = ["config.json", "preprocessor_config.json", "tokenizer.json", "merges.txt", "open_clip_config.json"]
+SMALL += ["generation_config.json", "chat_template.jinja"]
 
 
 @pytest.mark.parametrize(
@@ -384,7 +385,7 @@ SMALL = ["config.json", "preprocessor_config.json", "tokenizer.json", "merges.tx
 )
 def test_the_hub_is_asked_for_the_files_needed(tmp_path, monkeypatch, there, wanted):
     hub = Hub(monkeypatch, tmp_path)
-    put(tmp_path / "hub", *there, *SMALL, "README.md", "generation_config.json")
+    put(tmp_path / "hub", *there, *SMALL, "README.md", "LICENSE")
     assert len(files.find("user/name").tensors) > 0
     assert {path.name for path in (tmp_path / "copy").iterdir()} == {*wanted, *SMALL}
     files.find("hf-hub:timm/vit_tiny_patch16_224.augreg_in21k")
