@@ -38,7 +38,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         config.bench.methods = tuple(
             {"name": name, "label": name, "settings": more.get(name, {})}
             for name, entry in reducers.REGISTRY.items()
-            if not (entry.guided or entry.knob.learned)
+            if not (entry.guided or entry.text or entry.knob.learned)
         )
         config.bench.batch_sizes = (8, 32)
     return config

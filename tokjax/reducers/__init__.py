@@ -180,6 +180,7 @@ class Entry:
         conserves: whether sizes are tracked and add up to what they were.
         neutral: settings with which it does nothing.
         guided: whether it reduces only what the context guides it to, as in training; a model alone stays as it is.
+        text: whether it is made for texts, so that comparisons on images leave it out.
         learned: whether it has parameters; it is made with the `ModelInfo` of its model as the first argument.
         training: settings that it has while it learns (masks in place of pruning), with the same parameters.
         losses: names of the terms that it then adds to the loss, see `tokjax.hooks.losses`.
@@ -198,6 +199,7 @@ class Entry:
     control: bool = False
     conserves: bool = False
     guided: bool = False
+    text: bool = False
     learned: bool = False
     training: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     losses: tuple[str, ...] = ()
@@ -440,6 +442,7 @@ REGISTRY: dict[str, Entry] = {
         kind="prune",
         paper="Kallini et al., MrT5, ICLR 2025",
         needs=("features",),
+        text=True,
         knob=CAPACITY,
         neutral={"threshold": -31.0, "capacity": None},
         length="dynamic",
@@ -453,6 +456,7 @@ REGISTRY: dict[str, Entry] = {
         kind="prune",
         paper="Kallini et al., MrT5, ICLR 2025, control",
         needs=("PRNG key",),
+        text=True,
         knob=Knob("rate", "[0, 1), higher is cheaper", _deleted),
         neutral={"rate": 0.0, "spread": 0.0},
         length="dynamic",
@@ -464,6 +468,7 @@ REGISTRY: dict[str, Entry] = {
         kind="prune",
         paper="Kallini et al., MrT5, ICLR 2025, baseline",
         needs=("ids of the bytes",),
+        text=True,
         knob=Knob("amount", "[0, 1), higher is cheaper", _deleted),
         neutral={"amount": 0.0},
         length="dynamic",
@@ -479,6 +484,7 @@ REGISTRY: dict[str, Entry] = {
         kind="merge",
         paper="Nawrot et al., Dynamic Token Pooling, ACL 2023",
         needs=("features", "PRNG key"),
+        text=True,
         knob=CAPACITY,
         neutral={"prior": 1.0},
         length="dynamic",
@@ -492,6 +498,7 @@ REGISTRY: dict[str, Entry] = {
         kind="merge",
         paper="Kallini et al., MrT5, ICLR 2025, baseline",
         needs=("features",),
+        text=True,
         knob=Knob("stride", "1 to all tokens, higher is cheaper", _strides),
         neutral={"stride": 1},
         learned=True,
@@ -502,6 +509,7 @@ REGISTRY: dict[str, Entry] = {
         kind="prune",
         paper="Chen et al., FastV, ECCV 2024",
         needs=("the last token's attention",),
+        text=True,
         knob=Knob("keep_rate", "[0, 1]", fastv_rates),
         neutral={"keep_rate": 1.0},
     ),

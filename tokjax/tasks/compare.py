@@ -116,7 +116,7 @@ def default_config() -> ml_collections.ConfigDict:
 
 def training_free() -> list[str]:
     """Registered reducers without parameters of their own that need no guide."""
-    return [name for name, e in sorted(reducers.REGISTRY.items()) if not (e.learned or e.guided)]
+    return [name for name, e in sorted(reducers.REGISTRY.items()) if not (e.learned or e.guided or e.text)]
 
 
 def form(name: str, placement: str, depth: int) -> dict[str, Any] | None:
@@ -240,7 +240,11 @@ class Compare(classify.Classify):
     def untrained(self, model: api.Model) -> str:
         """Names of the reducers that learn and have no row."""
         there = {row.get("name") for row in self._rows("compare", model)}
-        names = [name for name, entry in sorted(reducers.REGISTRY.items()) if entry.learned and name not in there]
+        names = [
+            name
+            for name, entry in sorted(reducers.REGISTRY.items())
+            if entry.learned and not entry.text and name not in there
+        ]
         return ", ".join(names) or "none"
 
     def train_methods(self) -> None:
