@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import tiny_llama
 
-from tokjax.models.cache import PROMPT, VISUAL
+from tokjax.cache import PROMPT, VISUAL
 from tokjax.reducers.llm.fastv import FastV
 from tokjax.tokens import Tokens
 

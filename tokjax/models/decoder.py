@@ -7,7 +7,7 @@ of transformers' `models/<name>/modeling_<name>.py`.
 The blocks are `transformer.Block`s, so that reducers plan on tokens between them and inside of them. Rotary and learned
 positions, windows and the causal mask read every token's own `position` and `order`: tokens may leave at any layer. A
 prompt is read by `prefill`, which keeps keys and values of the tokens that are left in every layer, and gone on with by
-`step`; see `tokjax.models.cache`.
+`step`; see `tokjax.cache`.
 
 Methods of depth need no other model: with `kv_layers` later blocks make keys and values of an earlier one's output, and
 `depth` hooks say which blocks run. `call(column, prompt)` gives booleans [L, *column] for the columns (slots) of a
@@ -27,10 +27,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 import numpy as np
 
+from tokjax import cache as kv
 from tokjax import hooks as hk
-from tokjax.models import cache as kv
+from tokjax.cache import Cache, Group, Kept
 from tokjax.models import layers
-from tokjax.models.cache import Cache, Group, Kept
 from tokjax.models.transformer import SITES, Block, Blocks, LayerTrace
 from tokjax.signals import AttentionRule, Context, Queries, Signals, last_slot
 from tokjax.token_map import rows

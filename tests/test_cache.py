@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+from contract_setup import QUICK
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,11 +12,11 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import numpy as np
 import pytest
-from test_decoder import GEMMA2, LENGTHS, QUICK, TINY, Drops, batch, model
+from tiny_decoder import GEMMA2, LENGTHS, TINY, Drops, batch, model
 
 import tokjax
+from tokjax import cache as kv
 from tokjax import hooks as hk
-from tokjax.models import cache as kv
 from tokjax.signals import last_row
 from tokjax.token_map import HardMap, Plan
 
