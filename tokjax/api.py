@@ -400,15 +400,17 @@ class Model:
         config = dataclasses.replace(self.config, **changes)
         if config == self.config:
             return self
-        graph, _ = nnx.split(skeleton(MODULES[type(config)], config))
+        graph, state = nnx.split(skeleton(MODULES[type(config)], config))
+        shapes, ours = jax.tree.map(jnp.shape, nnx.to_pure_dict(state)), jax.tree.map(jnp.shape, self.params)
+        if shapes != ours["model"]:
+            raise ValueError(f"changes={changes}: the model would have other parameters")
         module: Any = nnx.merge(graph, self.params["model"])
         other = Model(module, preprocess=self.preprocess, family=self.family, form=self.form)
         for method in self.methods:
-            other = reduce(other, method.name, **method.settings)
-        theirs, ours = (jax.tree.map(jnp.shape, each.params) for each in (other, self))
-        shapes = jax.tree.map(jnp.shape, nnx.to_pure_dict(nnx.state(skeleton(MODULES[type(config)], config))))
-        if theirs != ours or shapes != ours["model"]:
-            raise ValueError(f"changes={changes}: the model would have other parameters")
+            known = method.name in reducers.REGISTRY
+            other = reduce(other, method.name if known else method.reducer, **(method.settings if known else {}))
+        if jax.tree.map(jnp.shape, other.params) != ours:
+            raise ValueError(f"changes={changes}: its reducers would have other parameters")
         return other.with_params(self.params)
 
     def compiled(self, inputs: PyTree) -> jax.stages.Compiled:

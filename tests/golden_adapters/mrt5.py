@@ -81,7 +81,9 @@ class Told:
 def convert(weights, layer):
     """Parameters of the model and of the gate, from arrays under the checkpoint's names."""
     tree = torch_params.tree(weights, "")
-    joined = lambda parts: {"kernel": jnp.concatenate([part["kernel"] for part in parts], 1)}  # noqa: E731
+
+    def joined(parts):
+        return {"kernel": jnp.concatenate([part["kernel"] for part in parts], 1)}
 
     def block(parts, decoder):
         own, mlp = parts[0]["SelfAttention"], parts[1 + decoder]["DenseReluDense"]

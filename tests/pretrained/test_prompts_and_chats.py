@@ -65,7 +65,6 @@ def test_chats(tmp_path, monkeypatch):
             made.chat([])
     with pytest.raises(UserError, match="has no chat template"):
         tokenizer().chat([])
-    pytest.importorskip("jinja2")
     text = made.chat([{"role": "user", "content": "hi"}])
     assert text == "<s>[user]hi[assistant]"
     assert made.chat([{"role": "user", "content": "hi"}], answer=False) == "<s>[user]hi"

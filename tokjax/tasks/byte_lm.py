@@ -6,10 +6,9 @@ evaluation. The weight of the loss term that rewards deletion is fixed, or steer
 (`tokjax.train.controllers`; Kallini et al., MrT5, ICLR 2025).
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 import dataclasses
 import functools
-import sys
 from typing import Any, ClassVar
 
 import jax
@@ -18,13 +17,12 @@ from jaxtyping import Array, Float, PyTree
 import ml_collections
 from ml_collections import config_dict
 import numpy as np
-from tqdm import tqdm
 
 from tokjax import api, buckets, parallel, reducers, viz
 from tokjax.bench import bytes as measures
 from tokjax.bench import report, timing
 from tokjax.data import text
-from tokjax.data.bytes import ByteTokenizer
+from tokjax.data.bytes import OFFSET, ByteTokenizer, to_bytes
 from tokjax.data.corruption import IGNORE
 from tokjax.errors import UserError
 from tokjax.hooks import losses
@@ -149,15 +147,6 @@ class ByteLM(Experiment):
     def test_loader(self) -> Any:
         return self.evaluation_loader("test")
 
-    def batches(self, split: str, name: str) -> Iterator[Any]:
-        """Every batch of a split in order, with a progress bar."""
-        loader: Any = self.evaluation_loader(split)
-        quiet = not sys.stderr.isatty()
-        with tqdm(total=len(loader.task), desc=name, unit="text", leave=False, disable=quiet) as bar:
-            for batch in loader:
-                yield batch
-                bar.update(int(batch["valid"].sum()))
-
     def inputs(self, model: api.Model, batch: Mapping[str, Any]) -> Seq2Seq:
         return Seq2Seq(batch["ids"], batch["decoder_ids"])
 
@@ -172,7 +161,11 @@ class ByteLM(Experiment):
         with user_input():
             model = self.fresh()
             learning, controller = model.learning(), self.controller()
-        found = jax.eval_shape(self.terms(learning), model.params, model.config.example(2))
+
+        def terms(params: PyTree, inputs: Seq2Seq) -> dict[str, Array]:
+            return losses(learning.forward(params, inputs, key=jax.random.key(0), train=True).tokens.aux)
+
+        found = jax.eval_shape(terms, model.params, model.config.example(2))
         if self.config.control.target is not None and STEERED not in found:
             raise UserError(
                 f"config.control.target={self.config.control.target}: the reducer "
@@ -200,20 +193,6 @@ class ByteLM(Experiment):
         if control.target is None:
             return controllers.Constant(control.weight, delay)
         return controllers.PI(control.target, control.k_p, control.k_i, control.weight, delay)
-
-    def scales(self, model: api.Model) -> tuple[tuple[str, float], ...]:
-        """Learning rates by part."""
-        learn = self.config.learn
-        parts = {"model": learn.network_lr_scale, "reducers": learn.reducer_lr_scale}
-        return tuple((f"{part}/.*", scale) for part, scale in parts.items() if part in model.params and scale != 1)
-
-    def terms(self, model: api.Model) -> Callable[..., dict[str, Array]]:
-        """The terms that the reducer adds to the loss."""
-
-        def run(params: PyTree, inputs: Seq2Seq) -> dict[str, Array]:
-            return losses(model.forward(params, inputs, key=jax.random.key(0), train=True).tokens.aux)
-
-        return run
 
     def loss(self, model: api.Model) -> LossFn:
         """Of a model in its training form; every term is a metric, its weight included."""
@@ -290,7 +269,7 @@ class ByteLM(Experiment):
                 for number, name in enumerate(groups)
                 if len(part := rows[rows[:, -1] == number])
             }
-        if row["deleted"]:
+        if found["by_class"][..., 1].any():  # in the soft form all are there
             row["by_class"] = dict(measures.deletion_by_class(found["by_class"]))
         macs = self.macs(model, rows[:, 4])
         return {**row, "macs": macs, "macs_relative": macs / model.unreduced.cost().total}
@@ -312,9 +291,9 @@ class ByteLM(Experiment):
     def eval(self) -> None:
         """The metrics of the workdir's model on the test data, bytes deleted and bytes only masked (soft)."""
         model, rows = self.model(), []
-        forms = {"hard": model, "soft": model.learning()} if model.methods else {"": model}
-        if model.methods and model.learning() is model:
-            forms = {"hard": model}
+        forms = {"hard" if model.methods else "": model}
+        if model.learning() is not model:
+            forms["soft"] = model.learning()
         for form, each in forms.items():
             label = " + ".join(method.name for method in each.methods) or "no reducer"
             row = {"method": label, "form": form, **self.evaluate(each, f"{label} {form}")}
@@ -386,16 +365,13 @@ class ByteLM(Experiment):
 
     def viz(self) -> None:
         """The bytes that are deleted in some test texts, and the curves of the training."""
-        folder, figures = self.workdir / "pictures", {}
-        model = self.model()
+        model, folder = self.model(), self.workdir / "pictures"
         if model.methods:
             viz.save_png(viz.deleted_bytes(self.deletions(model)), folder / "deleted.png")
         if curves := lines(self.workdir / "metrics.jsonl"):
             names = ("loss/cross_entropy", "rate", "weight", "bits_per_byte")
             present = tuple(n for n in names if any(key.endswith(n) for row in curves for key in row))
-            figures["training"] = viz.curves_plot(curves, present, title=self.config.title)
-        for name, figure in figures.items():
-            viz.save_png(figure, folder / f"{name}.png")
+            viz.save_png(viz.curves_plot(curves, present, title=self.config.title), folder / "training.png")
         print(f"Pictures are in {folder}")
 
     def deletions(self, model: api.Model) -> list[tuple[str, bytes, np.ndarray]]:
@@ -406,10 +382,9 @@ class ByteLM(Experiment):
             arrays = {k: v for k, v in batch.items() if k in ("ids", "decoder_ids", "labels")}
             stays = np.asarray(read(model.params, arrays)["kept"])
             for ids, mask, group, valid in zip(batch["ids"], stays, batch["group"], batch["valid"], strict=True):
-                is_byte = (ids >= 3) & (ids < 259)
-                taken = np.flatnonzero(is_byte)[: config.bytes]
+                taken = np.flatnonzero((ids >= OFFSET) & (ids < OFFSET + 256))[: config.bytes]
                 if valid and len(taken):
-                    row = groups[group], bytes((ids[taken] - 3).tolist()), mask[taken]
+                    row = groups[group], to_bytes(ids[taken]), mask[taken]
                     found.setdefault(groups[group], []).append(row)
             if sum(map(len, found.values())) >= config.texts and len(found) == len(groups):
                 break

@@ -16,7 +16,7 @@ from tokjax.bench import report, timing
 from tokjax.errors import UserError
 from tokjax.tasks import byte_lm
 from tokjax.tasks.byte_lm import TIMES, ByteLM
-from tokjax.tasks.experiment import RESULTS, lines
+from tokjax.tasks.experiment import RESULTS, lines, part
 
 FIGURES = ("bits_per_byte", "sequence_accuracy", "deleted", "macs")
 CURVES = "metrics.jsonl"
@@ -46,19 +46,15 @@ class ByteStudy(ByteLM):
         """Trains every method with every seed; runs that are done are loaded at once."""
         for method, seed in self.cells():
             print(f"-- {method['label']}, seed {seed}", flush=True)
-            self.part(method, seed).run("train")
+            self.training(method, seed).run("train")
 
     def cells(self) -> list[tuple[Mapping[str, Any], int]]:
         return [(method, seed) for seed in self.config.study.seeds for method in self.config.study.methods]
 
-    def part(self, method: Mapping[str, Any], seed: int, changes: Mapping[str, Any] | None = None) -> ByteLM:
+    def training(self, method: Mapping[str, Any], seed: int, changes: Mapping[str, Any] | None = None) -> ByteLM:
         """One training, with a folder of its own."""
-        config = self.config.copy_and_resolve_references()
-        own = {**dict(method["changes"]), **(changes or {})}
-        config.update_from_flattened_dict({**own, "seed": seed, "train.seed": seed})
-        with config.unlocked():
-            config.reduce = ml_collections.ConfigDict(dict(method["reduce"]))
-        return ByteLM(config, self.workdir / "runs" / _folder(method["label"], seed), self.command)
+        own = {**dict(method["changes"]), **(changes or {}), "seed": seed, "train.seed": seed}
+        return part(ByteLM, self, _folder(method["label"], seed), own, method["reduce"])
 
     def done(self, mode: str) -> dict[tuple[str, int, str], dict[str, Any]]:
         rows = [row for row in lines(self.workdir / RESULTS) if row.get("mode") == mode]
@@ -74,13 +70,13 @@ class ByteStudy(ByteLM):
             for form in ("hard", "soft"):
                 if (method["label"], seed, form) in have:
                     continue
-                part = self.part(method, seed)
-                model = part.model()
+                task = self.training(method, seed)
+                model = task.model()
                 if form == "soft" and model.learning() is model:
                     continue
                 each = model.learning() if form == "soft" else model
                 row = {"method": method["label"], "seed": seed, "form": form}
-                row |= part.evaluate(each, f"{method['label']} {form}")
+                row |= task.evaluate(each, f"{method['label']} {form}")
                 if self.config.study.languages and form == "hard" and model.methods:
                     row["languages"] = self.abroad(method, seed)
                 self.note("compare", row)
@@ -95,14 +91,14 @@ class ByteStudy(ByteLM):
             "data.test_split": "all",
             "data.task": "span_corruption",
         }
-        part = self.part(method, seed, data)
-        return part.evaluate(part.model(), f"{method['label']} languages")["by_group"]
+        task = self.training(method, seed, data)
+        return task.evaluate(task.model(), f"{method['label']} languages")["by_group"]
 
     def speed(self) -> None:
         """Time of the first seed's models, all in one run, interleaved."""
         seed = self.config.study.seeds[0]
-        parts = {method["label"]: self.part(method, seed) for method in self.config.study.methods}
-        for row in self.timed_rows({label: (part, part.model()) for label, part in parts.items()}):
+        parts = {method["label"]: self.training(method, seed) for method in self.config.study.methods}
+        for row in self.timed_rows({label: (task, task.model()) for label, task in parts.items()}):
             self.note("speed", {**row, "seed": seed, "form": "hard", **timing.device_summary()})
 
     # Report

@@ -27,7 +27,7 @@ from tokjax.buckets import Bucketed
 from tokjax.data.sources import stratified
 from tokjax.errors import UserError
 from tokjax.tasks import classify, train_reducer
-from tokjax.tasks.experiment import RESULTS, describe, user_input
+from tokjax.tasks.experiment import RESULTS, describe, part, user_input
 
 PLACEMENTS = ("per-layer", "staged")
 TRAINED = "trained"  # the placement of what learned where to reduce, or learned at places of its own
@@ -267,7 +267,7 @@ class Compare(classify.Classify):
             **method.get("changes", {}),
         }
         settings = {"name": method["name"], **dict(method["settings"])}
-        return train_reducer.part(self, f"{method['name']}_{target}", changes, settings)
+        return part(train_reducer.TrainReducer, self, f"{method['name']}_{target}", changes, settings)
 
     def trained(self) -> Iterator[tuple[Mapping[str, Any], float, api.Model]]:
         """What `train_methods` has finished."""

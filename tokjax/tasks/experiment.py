@@ -12,7 +12,7 @@ import hashlib
 import operator
 from pathlib import Path
 import sys
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -393,14 +393,12 @@ class Experiment(abc.ABC):
 
     def batches(self, split: str, name: str) -> Iterator[data.Batch]:
         """Every batch of a split in order, with a progress bar; only rows that are `valid` count, each once."""
-        loader = self.evaluation_loader(split)
-        with tqdm(
-            total=len(loader.source), desc=name, unit="image", leave=False, disable=not sys.stderr.isatty()
-        ) as bar:
+        loader, quiet = self.evaluation_loader(split), not sys.stderr.isatty()
+        with tqdm(total=loader.examples, desc=name, leave=False, disable=quiet) as bar:
             for batch in loader:
                 yield batch
                 bar.update(int(batch["valid"].sum()))
-        if bad := loader.bad_images:
+        if bad := getattr(loader, "bad_images", None):
             print(f"{len(bad)} {split} images could not be read and do not count: {bad[:3]}")
 
     def once(self, name: str, model: Model, make: Callable[[], Any]) -> Any:
@@ -411,6 +409,12 @@ class Experiment(abc.ABC):
         return self._once[key]
 
     # Modes
+
+    def scales(self, model: Model) -> tuple[tuple[str, float], ...]:
+        """Learning rates by part, where `config.learn` has them."""
+        learn = self.config.learn
+        parts = {"model": learn.network_lr_scale, "reducers": learn.reducer_lr_scale}
+        return tuple((f"{part}/.*", scale) for part, scale in parts.items() if part in model.params and scale != 1)
 
     def fit(
         self,
@@ -672,6 +676,28 @@ class Experiment(abc.ABC):
         """Rows of earlier runs of a mode that belong to these weights and this variant."""
         stamp = self._stamp(mode, model)
         return [row for row in lines(self.workdir / RESULTS) if all(row.get(k) == v for k, v in stamp.items())]
+
+
+_Task = TypeVar("_Task", bound=Experiment)
+
+
+def part(
+    kind: type[_Task], whole: Experiment, name: str, changes: Mapping[str, Any], reduce: Mapping[str, Any]
+) -> _Task:
+    """A task of its own that belongs to another one.
+
+    Args:
+        kind: the task's class.
+        whole: whose config has the fields of this one.
+        name: of a folder below `runs/` in its workdir.
+        changes: fields of the config, such as {"train.optimiser.lr": 0.1}.
+        reduce: the reducer's `name` and settings; an empty name: none.
+    """
+    config = whole.config.copy_and_resolve_references()
+    config.update_from_flattened_dict(dict(changes))
+    with config.unlocked():
+        config.reduce = ml_collections.ConfigDict(dict(reduce))
+    return kind(config, whole.workdir / "runs" / name, whole.command)
 
 
 def describe(model: Model, whole: flops.Cost, label: str = "") -> dict[str, Any]:

@@ -22,8 +22,8 @@ from tokjax.errors import UserError
 from tokjax.reducers.vit import pitome
 from tokjax.tasks import train_reducer
 from tokjax.tasks.classify import Classify
-from tokjax.tasks.experiment import RESULTS, tuples, user_input
-from tokjax.tasks.train_reducer import TrainReducer, part
+from tokjax.tasks.experiment import RESULTS, part, tuples, user_input
+from tokjax.tasks.train_reducer import TrainReducer
 
 COURSES = get_args(schedules.Course)
 SEARCHED = "searched"  # the course that was learned
@@ -183,7 +183,7 @@ class Rates(TrainReducer):
             }
             settings = {"name": "diffrate_search", "target": target, "chord": study.search.chord}
             settings["granularity"] = study.search.granularity
-            run = part(self, f"search_{target}_{seed}", changes, settings)
+            run = part(TrainReducer, self, f"search_{target}_{seed}", changes, settings)
             run.run("train")
             table = json.loads((run.workdir / "rates.json").read_text())
             kept: dict[str, Any] = {name: tuple(table[name]) for name in ("prune_kept", "merge_kept")}
@@ -277,7 +277,7 @@ class Rates(TrainReducer):
             if name == "unreduced":
                 run: Classify = self.plain(label, changes)
             else:
-                run = part(self, label, changes, {"name": name, **tuples(settings)})
+                run = part(TrainReducer, self, label, changes, {"name": name, **tuples(settings)})
             run.run("train")
             model = run.model()
             share = model.cost().total / self.start.cost().total

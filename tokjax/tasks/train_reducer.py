@@ -23,7 +23,7 @@ from tokjax.hooks import LOSS, losses
 from tokjax.models.transformer import Output
 from tokjax.tasks import classify
 from tokjax.tasks.classify import Classify, share
-from tokjax.tasks.experiment import Experiment, user_input
+from tokjax.tasks.experiment import user_input
 from tokjax.token_map import rows
 from tokjax.train.losses import cross_entropy, distillation, token_distillation
 from tokjax.train.state import STATISTICS, LossFn
@@ -204,12 +204,6 @@ class TrainReducer(Classify):
             found.append(f"{TEACHER}/.*")
         return tuple(found)
 
-    def scales(self, model: api.Model) -> tuple[tuple[str, float], ...]:
-        """Learning rates by part."""
-        learn = self.config.learn
-        parts = {"model": learn.network_lr_scale, "reducers": learn.reducer_lr_scale}
-        return tuple((f"{part}/.*", scale) for part, scale in parts.items() if part in model.params and scale != 1)
-
     def loss(self, model: api.Model) -> LossFn:
         """Of a model in its training form; every term is a metric, its weight included."""
         teacher, learn = self.teacher, self.config.learn
@@ -249,22 +243,6 @@ class TrainReducer(Classify):
             return sum(terms.values()), {"accuracy": share(ran["logits"], batch), **metrics}
 
         return loss
-
-
-def part(whole: Experiment, name: str, changes: Mapping[str, Any], reduce: Mapping[str, Any]) -> TrainReducer:
-    """A training of its own that belongs to another task.
-
-    Args:
-        whole: the task, whose config has the fields of this one.
-        name: of a folder below `runs/` in its workdir.
-        changes: fields of the config, such as {"train.optimiser.lr": 0.1}.
-        reduce: the reducer's `name` and settings.
-    """
-    config = whole.config.copy_and_resolve_references()
-    config.update_from_flattened_dict(dict(changes))
-    with config.unlocked():
-        config.reduce = ml_collections.ConfigDict(dict(reduce))
-    return TrainReducer(config, whole.workdir / "runs" / name, whole.command)
 
 
 def kept_tokens(out: Output, prefix: int) -> tuple[Float[Array, "B P C"], Bool[Array, "B P"]]:

@@ -19,6 +19,7 @@ Where we decide, so that a row does not depend on the rows beside it nor on its 
   code's windows run into the padding.
 """
 
+import abc
 import dataclasses
 import math
 
@@ -52,7 +53,7 @@ def _layer(layer: int | None, info: ModelInfo) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Gate:
+class _Gate(abc.ABC):
     """A gate without parameters in the soft or the hard form.
 
     Attributes:
@@ -69,12 +70,13 @@ class _Gate:
         check_capacity(self.capacity)
 
     def hooks(self, info: ModelInfo) -> list[Hook]:
-        placed = dataclasses.replace(self, layer=_layer(self.layer, info))
-        return [Hook("before_block", placed.layer, placed, "plan" if self.hard else "soften")]  # type: ignore[arg-type]
+        layer = _layer(self.layer, info)
+        placed = dataclasses.replace(self, layer=layer)
+        return [Hook("before_block", layer, placed, "plan" if self.hard else "soften")]
 
+    @abc.abstractmethod
     def stays(self, tokens: Tokens, signals: Signals) -> Bool[Array, "B n"] | None:
         """Which tokens stay; None: all."""
-        raise NotImplementedError
 
     def slots(self, n: int) -> int | None:
         """The capacity for rows of n tokens."""
