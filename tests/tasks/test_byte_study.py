@@ -30,7 +30,7 @@ def ran(tmp_path_factory):
     config.train.total_steps = 2
     config.bench.batch_size = config.bench.batches = 2
     config.bench.repeats, config.bench.seconds = 1, 0.0
-    config.study.seeds, config.study.languages = (0,), str(languages)
+    config.study.seeds, config.study.languages, config.study.start_steps = (0,), str(languages), 1
 
     def method(label, family, name="", **changes):
         reduce = {"name": name, "layer": 1} if name else {"name": ""}
@@ -71,6 +71,15 @@ def test_report(ran):
     text = (workdir / "table.md").read_text()
     assert "| MrT5 | 0.5 |" in text and "german" in text
     assert (workdir / "pareto.png").stat().st_size > 2000 < (workdir / "training.png").stat().st_size
+
+
+def test_all_go_on_from_one_start(ran):
+    workdir, config = ran
+    study = ByteStudy(config, workdir, "")
+    for method in config.study.methods:
+        task = study.training(method, 0)
+        assert task.config.init == str(workdir / "runs" / "start" / "model")
+        assert task.initial is not None and not task.initial.methods
 
 
 def test_nothing_to_report(ran, tmp_path):

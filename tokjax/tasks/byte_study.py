@@ -1,11 +1,13 @@
 """Ways to make a byte-level encoder shorter, trained alike and compared at equal cost.
 
 Every method of `config.study.methods` is trained from the same start, once a seed, with the fields of the config that
-the method changes. What is then compared is bits per byte, deleted bytes, multiply-accumulates, and time with the
-deleted bytes gone. Rows go to `results.jsonl`, runs to `runs/`; what is there is not done again.
+the method changes; where `config.study.start_steps` says so, that start is a model trained without any of them. What is
+then compared is bits per byte, deleted bytes, multiply-accumulates, and time with the deleted bytes gone. Rows go to
+`results.jsonl`, runs to `runs/`; what is there is not done again.
 """
 
 from collections.abc import Mapping
+import functools
 from typing import Any
 
 import ml_collections
@@ -28,6 +30,7 @@ def default_config() -> ml_collections.ConfigDict:
     config.task = "byte_study"
     config.study = study = ml_collections.ConfigDict()
     study.seeds = (0, 1, 2)
+    study.start_steps = 0  # of a training without a reducer, from whose model all methods go on; 0: of `config.init`
     # label: its own; family: a line in the figures; reduce: the reducer and its settings; changes: of other fields,
     # such as {"control.target": 0.5}. The first is what costs are relative to.
     study.methods = ({"label": "ByT5", "family": "ByT5", "reduce": {"name": ""}, "changes": {}},)
@@ -42,8 +45,18 @@ class ByteStudy(ByteLM):
 
     modes = ("train_methods", "compare", "speed", "report")
 
+    @functools.cached_property
+    def start(self) -> ByteLM:
+        """The training that all methods go on from."""
+        steps, seed = self.config.study.start_steps, self.config.study.seeds[0]
+        changes = {f"train.{name}": steps for name in ("total_steps", "eval_every", "checkpoint_every")}
+        return part(ByteLM, self, "start", {**changes, "seed": seed, "train.seed": seed}, {"name": ""})
+
     def train_methods(self) -> None:
-        """Trains every method with every seed; runs that are done are loaded at once."""
+        """Trains the start, then every method with every seed; runs that are done are loaded at once."""
+        if self.config.study.start_steps:
+            print("-- start", flush=True)
+            self.start.run("train")
         for method, seed in self.cells():
             print(f"-- {method['label']}, seed {seed}", flush=True)
             self.training(method, seed).run("train")
@@ -54,6 +67,8 @@ class ByteStudy(ByteLM):
     def training(self, method: Mapping[str, Any], seed: int, changes: Mapping[str, Any] | None = None) -> ByteLM:
         """One training, with a folder of its own."""
         own = {**dict(method["changes"]), **(changes or {}), "seed": seed, "train.seed": seed}
+        if self.config.study.start_steps:
+            own["init"] = str(self.start.finished)
         return part(ByteLM, self, _folder(method["label"], seed), own, method["reduce"])
 
     def done(self, mode: str) -> dict[tuple[str, int, str], dict[str, Any]]:
