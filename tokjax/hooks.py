@@ -27,7 +27,7 @@ Where = Literal[
     "before_llm",  # on the tokens of an encoder, before they enter a language model
     "after_prefill",  # on a KV cache: `call(cache, tokens) -> Cache`, once the prompt is read
     "decode_step",  # the same after every token: `call(cache, weights) -> Cache`, of shapes that stay
-    "depth",  # which blocks run: `call(column, prompt) -> Bool[L, *column]`, see `models.decoder`
+    "depth",  # which blocks run: `call(column, prompt, end) -> Bool[L, *column]`, see `models.decoder`
 ]
 CROSS: frozenset[Where] = frozenset({"around_cross_attention", "after_cross_attention"})
 
@@ -70,7 +70,10 @@ LOSS = "loss/"
 
 
 class Reducer(Protocol):
-    """A frozen dataclass of hyper-parameters (static, hashable), or an NNX module if it learns."""
+    """A frozen dataclass of hyper-parameters (static, hashable), or an NNX module if it learns.
+
+    One whose model is another has `change(model)`, which `tokjax.reduce` calls first and which gives that one.
+    """
 
     def hooks(self, info: ModelInfo) -> "list[Hook]":
         """Turns the method's schedule into per-layer settings."""

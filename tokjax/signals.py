@@ -53,6 +53,8 @@ class Context(struct.PyTreeNode):
     boxes: Int[Array, "B 2 4"] | None = None  # top, left, height, width in pixels: of the input; of `relevance`
     memory: Tokens | None = None  # the encoder's tokens, which a decoder attends to
     relative: Any = None  # what the blocks of a stack share of their relative bias
+    # Whether a decoder reads a prompt, to go on with it: of what its blocks give only the last token counts.
+    reading: bool = struct.field(pytree_node=False, default=False)
 
     def row_keys(self, batch: int, salt: int, seed: int = 0) -> Array:
         """One key a row, which does not depend on the batch around it; `seed` serves where the call has no key."""

@@ -154,7 +154,7 @@ class Skips:
 
     prompt: int
 
-    def active(self, column, prompt):
+    def active(self, column, prompt, end):
         xp = np if isinstance(column, np.ndarray) else jnp
         early = column < (self.prompt if prompt is None else prompt) + 1
         always = xp.ones_like(early)

@@ -10,15 +10,17 @@ prompt is read by `prefill`, which keeps keys and values of the tokens that are 
 `step`; see `tokjax.cache`.
 
 Methods of depth need no other model: with `kv_layers` later blocks make keys and values of an earlier one's output, and
-`depth` hooks say which blocks run. `call(column, prompt)` gives booleans [L, *column] for the columns (slots) of a
-padded batch; those from `prompt` on are new (None: a text as a whole, without a cache). NumPy columns shall give NumPy.
-A block that a column skips must be skipped by all later ones, so that no key is ever missing.
+`depth` hooks say which blocks run. `call(column, prompt, end)` gives booleans [L, *column] for the columns (slots) of a
+padded batch; those from `prompt` on are new (None: a text as a whole, without a cache), and there is room for those
+before `end`. NumPy columns shall give NumPy. A block that a column skips must be skipped by all later ones, so that no
+key is ever missing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
 import math
+import operator
 from typing import Any, ClassVar, Literal, get_args
 
 from flax import nnx, struct
@@ -41,6 +43,7 @@ Norm = Literal["rms", "rms_offset", "layer"]
 NormOrder = Literal["pre", "post", "both"]
 Position = Literal["rope", "learned"]
 Scaling = Literal["none", "linear", "llama3"]
+Shares = Literal["mean", "reference"]
 CACHE_SITES: frozenset[hk.Where] = frozenset({"after_prefill", "decode_step", "depth"})
 _LEARNED = 2  # rows of a table of positions before that of position 0
 
@@ -598,7 +601,7 @@ class Decoder(Blocks):
         tokens = self.embed(inputs)
         tokens = tokens.traced() if trace else tokens
         context = (context or Context()).replace(key=key)
-        active = _active(hooks, np.arange(tokens.length), None)
+        active = self.active(hooks, np.arange(tokens.length), None, tokens.length)
         tokens, _, traces, kept = self._through(tokens, hooks, context, inputs, active, states=states)
         features = self.normed(tokens.x)
         return DecoderOutput(
@@ -627,13 +630,13 @@ class Decoder(Blocks):
         Raises:
             ValueError: texts of another shape, or hooks that this model would never call.
         """
-        context = (context or Context()).replace(key=key)
+        context = (context or Context()).replace(key=key, reading=True)
         tokens = self.embed(inputs)
         length, position = tokens.length, tokens.position
         assert position is not None
         largest = position if position.ndim == 2 else position.max(-1)
         start = (largest if tokens.valid is None else jnp.where(tokens.valid, largest, -1)).max(1) + 1
-        active = _active(hooks, np.arange(length), length)
+        active = self.active(hooks, np.arange(length), length, length + capacity)
         tokens, kept, _, _ = self._through(tokens, hooks, context, inputs, active, cached=True)
         cache = kv.fill(kept, start.astype(jnp.int32), length, capacity, self.cfg.rotate)
         for hook in hk.at(hooks, "after_prefill"):
@@ -854,7 +857,7 @@ class Decoder(Blocks):
         cfg = self.cfg
         cfg.check_cache(cache, len(x))
         blocks = self._unstacked() if blocks is None else blocks
-        active = _active(hooks, cache.order, cache.length)
+        active = self.active(hooks, cache.order, cache.length, cache.length + cache.capacity)
         turn, order, position = _by_head(turns(cfg, cache.position[:, None])), cache.order, cache.position
         cache, slots = kv.admit(cache)
         keys, values = ([list(getattr(group, name)) for group in cache.groups] for name in ("keys", "values"))
@@ -906,15 +909,75 @@ class Decoder(Blocks):
     def _unstacked(self) -> list[Any]:
         return [self._block(self.cfg, layer) for layer in range(self.cfg.depth)]
 
+    def active(self, hooks: Sequence[hk.Hook], column: Any, prompt: int | None, end: int) -> Any:
+        """Which blocks run for the tokens of these columns, booleans [L, *column]; None: all.
 
-def _active(hooks: Sequence[hk.Hook], column: Any, prompt: int | None) -> Any:
-    """Which blocks run for the tokens of these columns, [L, *column]; None: all."""
-    told = [hook(column, prompt) for hook in hk.at(hooks, "depth")]
-    return functools.reduce(lambda a, b: a & b, told) if told else None
+        Raises:
+            ValueError: blocks that are skipped, where others need their keys.
+        """
+        told = [hook(column, prompt, end) for hook in hk.at(hooks, "depth")]
+        if told and self.cfg.kv_group > 1:
+            raise ValueError(f"kv_group={self.cfg.kv_group}: must be 1 where a depth schedule skips blocks")
+        return functools.reduce(lambda a, b: a & b, told) if told else None
 
 
-def _if(condition: Array | None, run: Any, x: Array, *others: Array) -> Any:
-    """`run(x, *others)`, or x and zeros for all else that it gives."""
+def share_keys(
+    cfg: DecoderConfig, params: Mapping[str, Any], layer: int, group: int = 1, shares: Shares = "mean"
+) -> tuple[DecoderConfig, dict[str, Any]]:
+    """A decoder whose blocks from `layer` on make keys and values of what enters the first of them (SwiftKV).
+
+    Its new norm is a copy of that block's first one, and blocks that share keys and values have the mean of their
+    projections; all else stays as it is (snowflakedb/ArcticTraining, `projects/swiftkv`). Nothing changes for the block
+    `layer` itself; the ones behind it want training, see `tokjax.train.losses.swift_kv`.
+
+    Args:
+        cfg: of a decoder without shared keys, or with these, which stays as it is.
+        params: pure dict of arrays; nothing is copied that stays the same.
+        layer: K; the depth: nothing changes.
+        group: so many neighbours share keys and values.
+        shares: "mean" divides the sum over a group by its blocks; "reference" by `group`, also where the last one has
+            fewer, as the published code does.
+
+    Raises:
+        ValueError: another `layer` or `group` than the decoder has already, one out of range, or norms behind the sum.
+    """
+    if not 0 <= layer <= cfg.depth:
+        raise ValueError(f"layer={layer}: must be in [0, {cfg.depth}], the blocks of the model")
+    if shares not in get_args(Shares):
+        raise ValueError(f"shares={shares!r}: must be one of {', '.join(get_args(Shares))}")
+    if cfg.kv_layers is not None and (cfg.kv_layers, cfg.kv_group) != (layer, group):
+        told = f"must be kv_layers={cfg.kv_layers} and kv_group={cfg.kv_group}, which the model has already"
+        raise ValueError(f"layer={layer}, group={group}: {told}")
+    if cfg.kv_layers is not None or layer == cfg.depth:
+        return cfg, dict(params)
+    if cfg.norm_order == "post":
+        raise ValueError("norm_order='post': keys of an earlier block need norms before the branches")
+    cfg, blocks = dataclasses.replace(cfg, kv_layers=layer, kv_group=group), params["blocks"]
+
+    def of(block: int, part: str) -> Any:
+        """`part` of a block's parameters."""
+        if cfg.scan:
+            return jax.tree.map(lambda leaf: leaf[block], blocks[part])
+        return blocks[block][part]
+
+    norm = of(layer, "norm1")
+    for first in range(layer, cfg.depth, group):
+        members = range(first, min(first + group, cfg.depth))
+        divisor = group if shares == "reference" else len(members)
+        if divisor == 1:
+            continue
+        pairs = [of(block, "attn")["kv"] for block in members]
+        mean = jax.tree.map(lambda *leaves, by=divisor: functools.reduce(operator.add, leaves) / by, *pairs)
+        if cfg.scan:
+            new = jax.tree.map(lambda leaf, x, at=first: leaf.at[at].set(x), blocks["attn"]["kv"], mean)
+            blocks = {**blocks, "attn": {**blocks["attn"], "kv": new}}
+        else:
+            blocks = {**blocks, first: {**blocks[first], "attn": {**of(first, "attn"), "kv": mean}}}
+    return cfg, {**params, "blocks": blocks, "norm_kv": norm}
+
+
+def _if(condition: Any, run: Any, x: Array, *others: Array) -> Any:
+    """`run(x, *others)`, or x and zeros for all else that it gives; a condition that is no tracer costs nothing."""
     if condition is None:
         return run(x, *others)
 
@@ -923,6 +986,8 @@ def _if(condition: Array | None, run: Any, x: Array, *others: Array) -> Any:
         zeros = [jnp.zeros(each.shape, each.dtype) for each in rest]
         return (x if first.shape == x.shape else jnp.zeros(first.shape, first.dtype), *zeros)
 
+    if isinstance(condition, np.bool_):
+        return run(x, *others) if condition else skip(x, *others)
     return jax.lax.cond(condition, lambda *a: tuple(run(*a)), skip, x, *others)
 
 
