@@ -130,6 +130,56 @@ def token_distillation(
     return jnp.square(ours - theirs).sum() / (jnp.maximum(counted.sum(), 1) * features.shape[2])
 
 
+def swift_kv(
+    logits: Float[Array, "B N V"],
+    teacher: Float[Array, "B N V"],
+    hidden: Float[Array, "B N C"],
+    teacher_hidden: Float[Array, "B N C"],
+    answer: Bool[Array, "B N"] | None = None,
+    valid: Bool[Array, "B N"] | None = None,
+    *,
+    temperature: float = 2.0,
+    weight: float = 1.0,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """What distils a decoder with shared keys from the one that it was: divergence of logits and error of features.
+
+    Source: Qiao et al. 2024, arXiv 2410.03960; snowflakedb/ArcticTraining, `projects/swiftkv/train.py`: the divergence
+    counts where an answer stands, at the places of the labels and not before them, and is divided by all places.
+
+    Args:
+        logits: the student's.
+        teacher: those of the model without shared keys; no gradient.
+        hidden: the student's features that enter its last block (`states[-2]` of a call of it).
+        teacher_hidden: the teacher's; no gradient.
+        answer: places whose logits count, those of no prompt; None: all.
+        valid: places that are no padding; None: all. What others hold changes nothing.
+        temperature: of both softmaxes, whose square multiplies the divergence.
+        weight: of the features' mean squared error.
+
+    Returns:
+        float32 [], and its two terms `{"logits": [], "hidden": []}`, the second without its weight; 0 where nothing is
+        valid.
+
+    Raises:
+        ValueError: shapes that do not fit, or a temperature that is not above 0.
+    """
+    if logits.ndim != 3 or logits.shape != teacher.shape:
+        raise ValueError(f"logits are {logits.shape} and teacher {teacher.shape}; both must be [B, N, V]")
+    places = logits.shape[:2]
+    for name, mask in (("answer", answer), ("valid", valid)):
+        if mask is not None and mask.shape != places:
+            raise ValueError(f"{name} is {mask.shape}; for these logits it must be {places}")
+    valid = jnp.ones(places, bool) if valid is None else valid
+    counted = valid if answer is None else valid & answer
+    rows, targets = logits.reshape(-1, logits.shape[2]), teacher.reshape(-1, logits.shape[2])
+    apart = distillation(rows, targets, counted.reshape(-1), temperature)
+    terms = {
+        "logits": apart * counted.sum() / jnp.maximum(valid.sum(), 1),
+        "hidden": token_distillation(hidden, teacher_hidden, valid.astype(jnp.float32)),
+    }
+    return terms["logits"] + weight * terms["hidden"], terms
+
+
 def accuracy(
     logits: Float[Array, "B K"],
     labels: Int[Array, "B"] | Float[Array, "B K"],
