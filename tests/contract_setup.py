@@ -63,6 +63,9 @@ QUICK = _known(
     }
 )
 
+# What only a decoder with a cache does has laws of its own, in `reducers/llm`.
+LAWFUL = sorted(name for name, registered in REGISTRY.items() if not registered.decoder)
+
 Fields = Literal["bare", "sized", "padded"]  # features only; with sizes, gates and kinds; with a valid mask as well
 Shape = tuple[int, int]
 

@@ -1,9 +1,12 @@
 """What a user holds: a model with its parameters and reducers, as one callable; load, reduce and save it."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
 import dataclasses
 import functools
 import json
+import operator
 from pathlib import Path
 from typing import Any, Literal, get_args, overload
 
@@ -16,10 +19,11 @@ from safetensors.numpy import save_file
 
 from tokjax import generate, reducers, token_map
 from tokjax.bench import flops
+from tokjax.cache import Cache
 from tokjax.errors import UserError
 from tokjax.generate import Decoding, Generated, Going
 from tokjax.hooks import Hook, ModelInfo, Reducer, check
-from tokjax.models.decoder import Decoder, DecoderConfig, Prompts
+from tokjax.models.decoder import Decoder, DecoderConfig, Prompts, Shares, share_keys
 from tokjax.models.dual import DualConfig, DualOutput, unit
 from tokjax.models.t5 import T5, T5Config
 from tokjax.models.text import Text, TextConfig
@@ -162,10 +166,8 @@ class Model:
         Raises:
             ValueError: inputs of another shape.
         """
-        parts: Any = nnx.merge(self._graph, params)
-        with token_map.apply_form(self.form):
-            hooks = self._hooks(parts["reducers"])
-            return parts["model"](inputs, hooks, key=key, train=train, trace=trace, states=states, context=context)
+        with self._running(params) as (module, hooks):
+            return module(inputs, hooks, key=key, train=train, trace=trace, states=states, context=context)
 
     def _trace(self, forward: Callable, params, inputs, key) -> tuple[Array, Trace]:
         out, cfg = forward(params, inputs, key=key, trace=True), self.config
@@ -362,23 +364,26 @@ class Model:
                 raise ValueError(f"max_tokens={how.max_tokens}: with a text of {most} tokens {end}")
         return how, ids, valid
 
-    def _begin(self, params, ids, valid, key, *, how: Decoding) -> Going:
+    @contextlib.contextmanager
+    def _running(self, params: Mapping[str, Any]) -> Iterator[tuple[Any, tuple[Hook, ...]]]:
+        """The module with these parameters, and its hooks."""
         parts: Any = nnx.merge(self._graph, params)
         with token_map.apply_form(self.form):
-            hooks = self._hooks(parts["reducers"])
-            read = parts["model"].prefill(Prompts(ids, valid), hooks, capacity=how.max_tokens, key=key)
+            yield parts["model"], self._hooks(parts["reducers"])
+
+    def _begin(self, params, ids, valid, key, *, how: Decoding) -> Going:
+        with self._running(params) as (module, hooks):
+            read = module.prefill(Prompts(ids, valid), hooks, capacity=how.max_tokens, key=key)
         return generate.start(read.cache, read.logits, how, key)
 
     def _go_on(self, params, now: Going, until) -> Going:
-        parts: Any = nnx.merge(self._graph, params)
-        with token_map.apply_form(self.form):
-            return generate.go_on(parts["model"].steps(self._hooks(parts["reducers"])), now, until)
+        with self._running(params) as (module, hooks):
+            return generate.go_on(module.steps(hooks), now, until)
 
     def _generate(self, params, ids, valid, key, *, how: Decoding) -> Generated:
-        parts: Any = nnx.merge(self._graph, params)
-        with token_map.apply_form(self.form):
-            hooks, options = self._hooks(parts["reducers"]), {"valid": valid, "key": key}
-            step, cache, logits = parts["model"].begin(ids, hooks, length=how.max_tokens, beams=how.beams, **options)
+        with self._running(params) as (module, hooks):
+            options = {"length": how.max_tokens, "beams": how.beams, "valid": valid, "key": key}
+            step, cache, logits = module.begin(ids, hooks, **options)
         return generate.run(step, cache, logits, how, key)
 
     def module(self, params: Mapping[str, Any]) -> Any:
@@ -412,6 +417,25 @@ class Model:
         if jax.tree.map(jnp.shape, other.params) != ours:
             raise ValueError(f"changes={changes}: its reducers would have other parameters")
         return other.with_params(self.params)
+
+    def share_keys(self, layer: int, group: int = 1, shares: Shares = "mean") -> "Model":
+        """A decoder whose blocks from `layer` on make keys and values of what enters the first of them.
+
+        The reducers stay; arguments and errors are those of `tokjax.models.decoder.share_keys`.
+
+        Raises:
+            ValueError: a model that is no decoder.
+        """
+        if not self._decodes:
+            raise ValueError(f"This model is a {MODULES[type(self.config)].__name__}: share_keys needs a Decoder.")
+        config, params = share_keys(self.config, self.params["model"], layer, group, shares)
+        if config == self.config:
+            return self
+        graph, _ = nnx.split(skeleton(Decoder, config))
+        learned: Any = nnx.merge(self._graph, self.params)["reducers"]
+        methods = [dataclasses.replace(m, reducer=learned.get(i, m.reducer)) for i, m in enumerate(self.methods)]
+        module: Any = nnx.merge(graph, params)
+        return Model(module, methods, preprocess=self.preprocess, family=self.family, form=self.form)
 
     def compiled(self, inputs: PyTree) -> jax.stages.Compiled:
         """The compiled program of a call, for its memory analysis and text."""
@@ -473,10 +497,46 @@ class Model:
         form = self.form if form is None else form
         return Model(parts["model"], methods, preprocess=self.preprocess, family=self.family, form=form)
 
-    def cost(self, batch: int = 1) -> flops.Cost:
-        """Multiply-accumulates of one call on `batch` inputs, the model's and the reducers' own."""
+    def cost(self, batch: int = 1, phase: reducers.Phase = "call", tokens: int = 64) -> flops.Cost:
+        """Multiply-accumulates, the model's and the reducers' own.
+
+        Args:
+            batch: inputs.
+            phase: what of: "call", one call; of a decoder also "prefill", reading texts up to the logits of the first
+                new token, or "decode", all steps that take in the new tokens.
+            tokens: new tokens that there is room for, and that "decode" takes in.
+
+        Raises:
+            ValueError: an unknown phase, or one that this model does not have.
+        """
         inputs = self.config.example(batch)
-        return flops.count(lambda params, x: self.forward(params, x).logits, self.params, inputs)
+        if phase == "call":
+            return flops.count(lambda params, x: self.forward(params, x).logits, self.params, inputs)
+        if phase not in get_args(reducers.Phase):
+            raise ValueError(f"phase={phase!r}: must be one of {', '.join(get_args(reducers.Phase))}")
+        if not self._decodes:
+            raise ValueError(f"phase={phase!r}: needs a Decoder, this is a {MODULES[type(self.config)].__name__}")
+
+        def read(params: Any, ids: Any) -> tuple[Array, Cache]:
+            with self._running(params) as (module, hooks):
+                out = module.prefill(ids, hooks, capacity=tokens)
+            return out.logits, out.cache
+
+        if phase == "prefill":
+            return flops.count(read, self.params, inputs)
+        _, cache = jax.eval_shape(read, self.params, inputs)
+        ids = jax.ShapeDtypeStruct((batch,), jnp.int32)
+
+        def take(params: Any, cache: Cache, ids: Any, t: int) -> tuple[Array, Cache]:
+            with self._running(params) as (module, hooks):
+                return module.steps(hooks)(cache.replace(at=np.int32(t)), ids)
+
+        # Steps in which the same blocks run cost the same.
+        columns = cache.length + np.arange(tokens)
+        active = self.module(self.params).active(self.hooks, columns, cache.length, cache.length + tokens)
+        alike = Counter([0] * tokens if active is None else map(active.T.tolist().index, active.T.tolist()))
+        costs = (flops.count(functools.partial(take, t=t), self.params, cache, ids) * n for t, n in alike.items())
+        return functools.reduce(operator.add, costs)
 
     def token_counts(self) -> tuple[int, ...]:
         """Tokens that enter the MLP of every block, empty slots included; nothing is computed."""
@@ -788,6 +848,8 @@ def reduce(
     else:
         fields: dict[str, Any] = vars(method) if dataclasses.is_dataclass(method) else {}
         made = Method(reducers.name_of(method), dict(fields), method)
+    if hasattr(made.reducer, "change"):
+        model = made.reducer.change(model)
     return model._rebuilt((*model.methods, made), form)
 
 

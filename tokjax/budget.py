@@ -24,6 +24,7 @@ class Solution:
         model: the reduced model, of the kind that was given.
         settings: of the reducer, the knob included.
         macs: of one input, the model's and the reducer's own together; on a batch, of its mean input (`counted_macs`).
+            Of the reducer's `phase`.
         relative: reached share of the unreduced model's MACs or mean tokens, whichever the target was.
         target: the share that was asked for.
         reachable: lowest and highest share within reach.
@@ -76,7 +77,8 @@ def solve(name, model, *, macs=None, tokens=None, tower="vision", inputs=None, *
         name: a registered reducer.
         model: unreduced, or with reducers that stay.
         tower: of a model with two, the one to reduce and to measure.
-        macs: target share of this model's multiply-accumulates, in (0, 1]; or several of them, which gives a list.
+        macs: target share of this model's multiply-accumulates, in (0, 1]; or several of them, which gives a list. What
+            is counted is the reducer's `phase`: a call, or a decoder's reading or 64 steps of its going on.
         tokens: target share of its mean number of tokens entering the MLPs, in (0, 1]; give one of the two.
         inputs: a batch, as the model takes it, on which the cost of a reducer is counted whose lengths depend on the
             data; without one its capacity counts. Others do not read it.
@@ -101,6 +103,8 @@ def solve(name, model, *, macs=None, tokens=None, tower="vision", inputs=None, *
     knob = reducers.entry(name).knob
     if knob.learned:
         raise ValueError(f"name={name!r}: reaches a cost by training alone; give it {knob.field}={given} as a setting")
+    if tokens is not None and reducers.entry(name).decoder:
+        raise ValueError(f"tokens={tokens}: {name} leaves all tokens in a call; give macs")
     if knob.field in settings:
         raise ValueError(f"{knob.field}={settings[knob.field]!r}: is what solve turns; leave it out")
     search = _Search(name, model, macs is None, inputs, settings)
@@ -122,7 +126,9 @@ class _Search:
         return mean_tokens(reduced, self.batch) if self.by_tokens else self.cost(reduced)
 
     def cost(self, reduced: api.Model) -> int:
-        return reduced.cost().total if self.batch is None else counted_macs(reduced, self.batch)
+        if self.batch is not None:
+            return counted_macs(reduced, self.batch)
+        return reduced.cost(phase=self.registered.phase).total
 
     def at(self, value: Any) -> float:
         """Share of the unreduced model's cost that a value of the knob leaves."""

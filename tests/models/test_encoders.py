@@ -186,6 +186,7 @@ REFUSED = {
     "siglip text": {"a_clip": NO_GRID, "heuristic": NO_GRID, "tomesd": NO_GRID, "gtp": NO_GRID},
 }
 PADDED = ("naflex", "clip text")
+NAMES = sorted(name for name, entry in REGISTRY.items() if not entry.decoder)
 
 
 def inputs(cfg):
@@ -214,7 +215,8 @@ def test_every_reducer_has_its_shapes_in_every_encoder(encoder):
     cfg, refused = ENCODERS[encoder], REFUSED.get(encoder, {})
     x = inputs(cfg)
     whole = jax.eval_shape(lambda p, x: model(cfg).forward(p, x), model(cfg).params, x)
-    for name, entry in REGISTRY.items():
+    for name in NAMES:
+        entry = REGISTRY[name]
         assert entry.padding or encoder not in PADDED or name in refused
         if name in refused:
             with pytest.raises(ValueError, match=refused[name]):
@@ -237,8 +239,8 @@ def test_every_reducer_has_its_shapes_in_every_encoder(encoder):
 
 
 OTHERS = [encoder for encoder in ENCODERS if encoder != "naflex"]
-RUNS = [(name, "naflex") for name in sorted(REGISTRY)]  # padded rows are the hardest; and another encoder in turn
-RUNS += [(name, OTHERS[i % len(OTHERS)]) for i, name in enumerate(sorted(REGISTRY))]
+RUNS = [(name, "naflex") for name in NAMES]  # padded rows are the hardest; and another encoder in turn
+RUNS += [(name, OTHERS[i % len(OTHERS)]) for i, name in enumerate(NAMES)]
 
 
 @pytest.mark.parametrize(("name", "encoder"), [run for run in RUNS if run[0] not in REFUSED.get(run[1], {})])

@@ -53,6 +53,17 @@ class Cost:
     def total(self) -> int:
         return self.model + self.reducer
 
+    def __add__(self, other: "Cost") -> "Cost":
+        """Of both calls."""
+        counted = dict(Counter(self.by_primitive) + Counter(other.by_primitive))
+        notes = tuple(sorted({*self.notes, *other.notes}))
+        return Cost(self.model + other.model, self.reducer + other.reducer, counted, notes)
+
+    def __mul__(self, times: int) -> "Cost":
+        """Of so many calls."""
+        counted = {name: times * macs for name, macs in self.by_primitive.items()}
+        return Cost(times * self.model, times * self.reducer, counted, self.notes)
+
 
 def count(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Cost:
     """Counts the multiply-accumulates of `fn(*args, **kwargs)` without running it.

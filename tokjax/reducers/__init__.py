@@ -23,6 +23,9 @@ from tokjax.reducers.llm.byte_baselines import BoundaryPooling, ByteFixed, ByteR
 from tokjax.reducers.llm.fastv import FastV
 from tokjax.reducers.llm.fastv import rates as fastv_rates
 from tokjax.reducers.llm.mrt5 import MrT5
+from tokjax.reducers.llm.skipdecode import SkipDecode, speedups
+from tokjax.reducers.llm.swiftkv import SwiftKV
+from tokjax.reducers.llm.swiftkv import layers as swiftkv_layers
 from tokjax.reducers.vit.aclip import AClip, super_patch
 from tokjax.reducers.vit.ats import ATS
 from tokjax.reducers.vit.clca import CLCA
@@ -65,6 +68,9 @@ Law = Literal[
     "automatic",  # nor under automatic sharding
     "lowering",  # it lowers for TPU and CUDA, with a symbolic batch
 ]
+
+
+Phase = Literal["call", "prefill", "decode"]
 
 
 def _finer(cheap: Any, dear: Any, locations: int) -> list[Any]:
@@ -181,6 +187,8 @@ class Entry:
         neutral: settings with which it does nothing.
         guided: whether it reduces only what the context guides it to, as in training; a model alone stays as it is.
         text: whether it is made for texts, so that comparisons on images leave it out.
+        phase: what it makes cheaper, and of what `tokjax.budget.solve` counts the cost: a call, or what only a decoder
+            with a cache has: reading a prompt ("prefill"), or going on behind it ("decode").
         learned: whether it has parameters; it is made with the `ModelInfo` of its model as the first argument.
         training: settings that it has while it learns (masks in place of pruning), with the same parameters.
         losses: names of the terms that it then adds to the loss, see `tokjax.hooks.losses`.
@@ -200,11 +208,17 @@ class Entry:
     conserves: bool = False
     guided: bool = False
     text: bool = False
+    phase: Phase = "call"
     learned: bool = False
     training: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     losses: tuple[str, ...] = ()
     example: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     exempt: Mapping[Law, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def decoder(self) -> bool:
+        """Whether it needs a decoder with a cache: laws of plans and models of images leave it out."""
+        return self.phase != "call"
 
 
 REGISTRY: dict[str, Entry] = {
@@ -512,6 +526,26 @@ REGISTRY: dict[str, Entry] = {
         text=True,
         knob=Knob("keep_rate", "[0, 1]", fastv_rates),
         neutral={"keep_rate": 1.0},
+    ),
+    "swiftkv": Entry(
+        make=SwiftKV,
+        kind="depth",
+        paper="Qiao et al., SwiftKV, 2024",
+        needs=(),
+        text=True,
+        phase="prefill",
+        knob=Knob("layer", "0 to all blocks, lower is cheaper", swiftkv_layers),
+        neutral={"layer": 1.0},
+    ),
+    "skipdecode": Entry(
+        make=SkipDecode,
+        kind="depth",
+        paper="Del Corro et al., SkipDecode, 2023",
+        needs=("columns of the batch",),
+        text=True,
+        phase="decode",
+        knob=Knob("speedup", "at least 1, higher is cheaper", speedups, lambda *_: []),
+        neutral={"speedup": 1.0},
     ),
     "random": Entry(
         make=Random,
