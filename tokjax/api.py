@@ -29,6 +29,7 @@ from tokjax.models.t5 import T5, T5Config
 from tokjax.models.text import Text, TextConfig
 from tokjax.models.transformer import Blocks, LayerTrace, Output, skeleton
 from tokjax.models.vit import Patches, ViT, ViTConfig
+from tokjax.models.weave import Weave, WovenDecoder
 from tokjax.pretrained.checkpoint import NAMES, REDUCER_WEIGHTS, REDUCERS, load_checkpoint, write_checkpoint
 from tokjax.pretrained.files import Tensors
 from tokjax.signals import Context
@@ -389,6 +390,24 @@ class Model:
     def module(self, params: Mapping[str, Any]) -> Any:
         """The NNX module with these parameters, for its other functions; within `jax.jit` or outside of it."""
         return nnx.merge(self._graph, params)["model"]
+
+    def woven(self, mesh: jax.sharding.Mesh, **how: Any) -> "Model":
+        """Of a decoder: the same numbers from the devices of a mesh, each with some heads and a share of the MLP.
+
+        Prompts go in two parts, so that what is sent for one may hide behind the products of the other (TokenWeave).
+        What is saved is the model that it was made of.
+
+        Args:
+            mesh: with an axis "model", over which heads and MLP are split; rows are over its axis "data", if any.
+            **how: fields of `tokjax.models.weave.Weave`.
+
+        Raises:
+            ValueError: no decoder, or one that does not divide.
+        """
+        if not self._decodes:
+            raise ValueError(f"This model is a {MODULES[type(self.config)].__name__}: woven needs a Decoder.")
+        module = WovenDecoder(self.module(self.params), Weave(mesh, **how))
+        return Model(module, self.methods, preprocess=self.preprocess, family=self.family, form=self.form)
 
     def with_params(self, params: Mapping[str, Any]) -> "Model":
         """The same model and compiled programs with other parameters of the same shapes."""

@@ -390,7 +390,7 @@ def rotate(x: Float[Array, "*B D"], turn: Turn | None) -> Float[Array, "*B D"]:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x.dtype)
 
 
-def _by_head(turn: Turn | None) -> Any:
+def by_head(turn: Turn | None) -> Any:
     """For x [B, N, H, D]."""
     return None if turn is None else tuple(part[:, :, None] for part in turn)
 
@@ -403,9 +403,14 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.full((cfg.width,), 1 - self.offset, jnp.float32))
 
     def __call__(self, x: Float[Array, "B N C"]) -> Float[Array, "B N C"]:
-        wide = x.astype(jnp.float32)
-        wide *= jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + self.eps)
-        return (wide * (self.scale[...] + self.offset)).astype(x.dtype)
+        return rms(x, self.scale[...] + self.offset, self.eps)
+
+
+def rms(x: Float[Array, "*B C"], weight: Float[Array, "C"], eps: float) -> Float[Array, "*B C"]:
+    """x / rms(x) * weight, in float32 (Zhang and Sennrich 2019)."""
+    wide = x.astype(jnp.float32)
+    wide *= jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + eps)
+    return (wide * weight).astype(x.dtype)
 
 
 def _norm(cfg: DecoderConfig, rngs: nnx.Rngs) -> Any:
@@ -462,7 +467,7 @@ class Attention(nnx.Module):
 
         def turn(position: Array | None) -> Any:
             assert position is not None
-            return _by_head(shared.turn if position is shared.position else turns(self.cfg, position))
+            return by_head(shared.turn if position is shared.position else turns(self.cfg, position))
 
         query = rotate(self.queries(x), turn(tokens.position))
         if shared.taken is None:
@@ -479,7 +484,7 @@ class Attention(nnx.Module):
             None if bias is None else bias[:, None, None],
             context=context,
             rule=dataclasses.replace(self.cfg.rule, causal=causal),
-            pair_bias=_pair_mask(tokens, memory, causal, shared.window),
+            pair_bias=visible_pairs(tokens, memory, causal, shared.window),
             unrotated=unrotated if self.cfg.rotate == "read" else None,
             there=tokens.valid,
         )
@@ -492,7 +497,7 @@ class Attention(nnx.Module):
         return self.proj(out.reshape(*out.shape[:2], -1))
 
 
-def _pair_mask(tokens: Tokens, memory: Tokens, causal: bool, window: Any) -> Any:
+def visible_pairs(tokens: Tokens, memory: Tokens, causal: bool, window: Any) -> Any:
     """What of the mask is a matter of pairs, beyond a causal one by slots."""
     if causal and window is None and tokens.segment is None:
         return None
@@ -858,7 +863,7 @@ class Decoder(Blocks):
         cfg.check_cache(cache, len(x))
         blocks = self._unstacked() if blocks is None else blocks
         active = self.active(hooks, cache.order, cache.length, cache.length + cache.capacity)
-        turn, order, position = _by_head(turns(cfg, cache.position[:, None])), cache.order, cache.position
+        turn, order, position = by_head(turns(cfg, cache.position[:, None])), cache.order, cache.position
         cache, slots = kv.admit(cache)
         keys, values = ([list(getattr(group, name)) for group in cache.groups] for name in ("keys", "values"))
         in_place: list[Turn | None] = [None] * len(cache.groups)
