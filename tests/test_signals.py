@@ -12,9 +12,13 @@ from tokjax.signals import (
     attention_rows,
     cls_attention,
     column_mean,
+    column_sum,
     importance,
+    last_row,
+    last_slots,
     logits,
     mean_key,
+    select,
 )
 from tokjax.tokens import MASKED, Tokens
 
@@ -57,8 +61,7 @@ def written_out(signals, policy=None):
 
 def table(queries):
     """A pair bias for the chosen rows only."""
-    full = jnp.asarray(np.random.default_rng(9).normal(size=(1, H, N, N)), jnp.float32)
-    return full[:, :, queries]
+    return select(jnp.asarray(np.random.default_rng(9).normal(size=(1, H, N, N)), jnp.float32), queries, 2)
 
 
 KEYS = jnp.asarray(np.random.default_rng(5).normal(size=(B, 1, 1, N)), jnp.float32)
@@ -86,6 +89,9 @@ def test_rows_are_those_of_the_map(variant):
         rows = jax.jit(lambda s, queries=queries: attention_rows(s, queries))(signals)
         assert rows.dtype == jnp.float32
         np.testing.assert_allclose(rows, full[:, :, queries], atol=1e-6)
+    own = jnp.array([[5, 0, 3], [1, 6, 6]])  # of every row its own
+    rows = jax.jit(attention_rows)(signals, own)
+    np.testing.assert_allclose(rows, [f[:, q] for f, q in zip(full, np.asarray(own), strict=True)], atol=1e-6)
 
 
 @pytest.mark.parametrize("variant", ["key bias", "soft cap", "causal", "softmax1"])
@@ -132,6 +138,11 @@ def test_column_mean_in_blocks_is_that_of_the_map(variant, block):
     np.testing.assert_allclose(some, expected, atol=1e-6)
 
 
+def test_column_sum_is_by_head():
+    signals = made(**VARIANTS["grouped heads"])
+    np.testing.assert_allclose(column_sum(signals, block=3), written_out(signals).sum(2), atol=3e-6)
+
+
 def test_column_mean_of_given_weights_needs_nothing_else():
     weights = jnp.asarray(written_out(made()), jnp.float32)
     np.testing.assert_allclose(column_mean(Signals(weights=weights)), weights.mean((1, 2)), atol=1e-6)
@@ -140,6 +151,18 @@ def test_column_mean_of_given_weights_needs_nothing_else():
 
 def test_column_mean_of_a_row_without_valid_tokens_is_zero():
     np.testing.assert_array_equal(column_mean(made(), jnp.zeros((B, N), bool)), np.zeros((B, N)))
+
+
+def test_the_last_tokens_of_rows_whose_order_is_their_own():
+    valid = jnp.array([[True] * 5 + [False] * 2, [False] * 5 + [True] * 2])
+    order = jnp.array([[4, 0, 2, 3, 1, 9, 9], [0, 1, 2, 3, 4, 6, 5]])
+    tokens = Tokens(jnp.zeros((B, N, 1)), valid=valid, order=order)
+    slots = np.asarray(last_slots(tokens, 3))
+    assert slots[0].tolist() == [2, 3, 0] and slots[1, 1:].tolist() == [6, 5] and not valid[1, slots[1, 0]]
+    signals = made(bias=tokens.attention_bias()[:, None, None])
+    full = written_out(signals)
+    np.testing.assert_allclose(last_row(tokens, signals), [full[0, :, 0], full[1, :, 5]], atol=1e-6)
+    np.testing.assert_array_equal(last_slots(Tokens(jnp.zeros((1, 4, 1))), 9), [[0, 1, 2, 3]])
 
 
 def test_importance_is_the_cls_row_or_what_is_received_without_gradient():

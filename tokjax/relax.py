@@ -213,7 +213,7 @@ def kept_probability(logits: Float[Array, "*b K"], candidates: Counts, length: i
 def policy_softmax(
     logits: Float[Array, "*b Q N"],
     policy: Float[Array, "*b N"],
-    queries: slice | Int[Array, "Q"] = slice(None),
+    queries: slice | Int[Array, "*b Q"] = slice(None),
     eps: float = 1e-6,
     *,
     chord: bool = False,

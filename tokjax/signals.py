@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from tokjax.relax import policy_softmax
 from tokjax.tokens import Tokens
 
-Queries = slice | Int[Array, "Q"]
+Queries = slice | Int[Array, "Q"] | Int[Array, "B Q"]  # of all rows of the batch, or of each its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,14 +97,19 @@ class Signals(struct.PyTreeNode):
         return field
 
 
-def _select(x: Array, queries: Queries, axis: int) -> Array:
-    return x[(slice(None),) * axis + (queries,)]
+def select(x: Array, queries: Queries, axis: int) -> Array:
+    """What an array [B, ...] has for these queries along one of its axes."""
+    if isinstance(queries, slice) or queries.ndim == 1:
+        return x[(slice(None),) * axis + (queries,)]
+    batch, count = queries.shape
+    at = queries.reshape(batch, *(1,) * (axis - 1), count, *(1,) * (x.ndim - axis - 1))
+    return jnp.take_along_axis(x, at, axis)
 
 
 def logits(signals: Signals, queries: Queries = slice(None)) -> Float[Array, "B H Q N"]:
     """Attention logits of the chosen query rows, float32, with scale, soft-cap, biases and causal mask."""
     rule = signals.rule
-    q, k = _select(signals.need("query"), queries, 1).astype(jnp.float32), signals.need("key").astype(jnp.float32)
+    q, k = select(signals.need("query"), queries, 1).astype(jnp.float32), signals.need("key").astype(jnp.float32)
     b, rows, heads, width = q.shape
     groups = k.shape[2]
     out = jnp.einsum("bqkgd,bnkd->bkgqn", q.reshape(b, rows, groups, heads // groups, width), k, precision="highest")
@@ -112,12 +117,13 @@ def logits(signals: Signals, queries: Queries = slice(None)) -> Float[Array, "B 
     if rule.soft_cap is not None:
         out = rule.soft_cap * jnp.tanh(out / rule.soft_cap)
     if signals.bias is not None:
-        out += signals.bias if signals.bias.shape[2] == 1 else _select(signals.bias, queries, 2)
+        out += signals.bias if signals.bias.shape[2] == 1 else select(signals.bias, queries, 2)
     if signals.pair_bias is not None:
         out += signals.pair_bias(queries)
     if rule.causal:
-        n = k.shape[1]
-        out = jnp.where(jnp.arange(n)[queries][:, None] >= jnp.arange(n), out, -1e30)
+        place = jnp.arange(k.shape[1])
+        own = place[queries] if isinstance(queries, slice) else queries
+        out = jnp.where(own[..., None, :, None] >= place, out, -1e30)
     return out
 
 
@@ -127,12 +133,13 @@ def attention_rows(signals: Signals, queries: Queries = slice(None)) -> Float[Ar
     With `signals.lse`, from the kernel's log-sum-exp: `exp(logits - lse)`.
     """
     if signals.weights is not None:
-        return _select(signals.weights, queries, 2).astype(jnp.float32)
+        return select(signals.weights, queries, 2).astype(jnp.float32)
     l, rule = logits(signals, queries), signals.rule
     if rule.normaliser == "policy":
-        return policy_softmax(l, signals.need("policy")[:, None], queries, chord=rule.chord)
+        own = queries if isinstance(queries, slice) or queries.ndim == 1 else queries[:, None]
+        return policy_softmax(l, signals.need("policy")[:, None], own, chord=rule.chord)
     if signals.lse is not None:
-        return jnp.exp(l - jnp.moveaxis(_select(signals.lse, queries, 1), 1, 2)[..., None])
+        return jnp.exp(l - jnp.moveaxis(select(signals.lse, queries, 1), 1, 2)[..., None])
     if rule.normaliser == "softmax1":
         top = jax.lax.stop_gradient(jnp.maximum(l.max(-1, keepdims=True), 0))
         e = jnp.exp(l - top)
@@ -155,24 +162,16 @@ def last_slot(tokens: Tokens) -> Int[Array, "B"]:
     return jnp.argmax(order if tokens.valid is None else jnp.where(tokens.valid, order, -1), 1).astype(jnp.int32)
 
 
+def last_slots(tokens: Tokens, count: int) -> Int[Array, "B Q"]:
+    """The slots of the last `count` tokens of every row, in causal order; of a row with fewer, empty ones before."""
+    order = slot_order(tokens)
+    order = order if tokens.valid is None else jnp.where(tokens.valid, order, -1)
+    return jnp.argsort(order, axis=-1, stable=True)[:, -count:].astype(jnp.int32)
+
+
 def last_row(tokens: Tokens, signals: Signals) -> Float[Array, "B H N"]:
     """How much the last token of every row attends to every token, float32."""
-    last = last_slot(tokens)[:, None]
-
-    def take(x: Array) -> Array:  # the last row of [B, H, N, N]
-        at = jnp.broadcast_to(last[:, None, :, None], (tokens.batch, x.shape[1], 1, x.shape[3]))
-        return jnp.take_along_axis(jnp.broadcast_to(x, (tokens.batch, *x.shape[1:])), at, 2)
-
-    if signals.weights is not None:
-        return take(signals.weights)[:, :, 0].astype(jnp.float32)
-    query = jnp.take_along_axis(signals.need("query"), last[:, :, None, None], 1)
-    bias = signals.bias if signals.bias is None or signals.bias.shape[2] == 1 else take(signals.bias)
-    if signals.pair_bias is not None:
-        pairs = take(signals.pair_bias(slice(None)))
-        bias = pairs if bias is None else bias + pairs
-    rule = dataclasses.replace(signals.rule, causal=False)  # it sees all
-    one = signals.replace(query=query, bias=bias, pair_bias=None, rule=rule, lse=None)
-    return attention_rows(one)[:, :, 0]
+    return attention_rows(signals, last_slot(tokens)[:, None])[:, :, 0]
 
 
 def cls_attention(signals: Signals) -> Float[Array, "B N"]:
@@ -180,28 +179,39 @@ def cls_attention(signals: Signals) -> Float[Array, "B N"]:
     return attention_rows(signals, slice(0, 1)).mean(1)[:, 0]
 
 
-def column_mean(signals: Signals, valid: Bool[Array, "B N"] | None = None, block: int = 128) -> Float[Array, "B N"]:
-    """How much attention every token receives: mean over heads and over (valid) queries.
+def column_sum(signals: Signals, valid: Bool[Array, "B Q"] | None = None, block: int = 128) -> Float[Array, "B H N"]:
+    """How much attention every token receives from all (valid) queries, by head, float32.
 
     Rows are made `block` at a time, so that memory stays at `B H block N`.
     """
-    given = signals.weights is not None
-    batch, n = signals.need("weights").shape[::3] if given else signals.need("key").shape[:2]
-    counted = jnp.ones((1, n)) if valid is None else valid.astype(jnp.float32)
+    batch, heads, queries, n = _shape(signals)
+    counted = jnp.ones((1, queries)) if valid is None else valid.astype(jnp.float32)
 
     def received(start, size):
-        take = start + jnp.arange(size) if size < n else slice(None)
-        return jnp.einsum("bqn,bq->bn", attention_rows(signals, take).mean(1), counted[:, take])
+        take = start + jnp.arange(size) if size < queries else slice(None)
+        return jnp.einsum("bhqn,bq->bhn", attention_rows(signals, take), counted[:, take])
 
-    if given or n <= block:
-        total = received(0, n)
-    else:
-        whole = n // block * block
-        zeros = jnp.zeros((batch, n))
-        total = jax.lax.fori_loop(0, whole // block, lambda i, t: t + received(i * block, block), zeros)
-        if whole < n:
-            total += received(whole, n - whole)
-    return total / jnp.maximum(counted.sum(1, keepdims=True), 1)
+    if signals.weights is not None or queries <= block:
+        return received(0, queries)
+    whole = queries // block * block
+    zeros = jnp.zeros((batch, heads, n))
+    total = jax.lax.fori_loop(0, whole // block, lambda i, t: t + received(i * block, block), zeros)
+    return total + received(whole, queries - whole) if whole < queries else total
+
+
+def _shape(signals: Signals) -> tuple[int, ...]:
+    """[B, H, Q, N] of the map."""
+    if signals.weights is not None:
+        return signals.weights.shape
+    batch, queries, heads, _ = signals.need("query").shape
+    return batch, heads, queries, signals.need("key").shape[1]
+
+
+def column_mean(signals: Signals, valid: Bool[Array, "B N"] | None = None, block: int = 128) -> Float[Array, "B N"]:
+    """How much attention every token receives: `column_sum`, mean over heads and over (valid) queries."""
+    total = column_sum(signals, valid, block).mean(1)
+    counted = _shape(signals)[2] if valid is None else jnp.maximum(valid.sum(1, keepdims=True), 1)
+    return total / counted
 
 
 def importance(tokens: Tokens, signals: Signals) -> Float[Array, "B N"]:

@@ -34,7 +34,7 @@ from tokjax import hooks as hk
 from tokjax.cache import Cache, Group, Kept
 from tokjax.models import layers
 from tokjax.models.transformer import SITES, Block, Blocks, LayerTrace
-from tokjax.signals import AttentionRule, Context, Queries, Signals, last_slot
+from tokjax.signals import AttentionRule, Context, Queries, Signals, last_slot, select
 from tokjax.token_map import rows
 from tokjax.tokens import MASKED, Tokens
 
@@ -509,11 +509,11 @@ def visible_pairs(tokens: Tokens, memory: Tokens, causal: bool, window: Any) -> 
     def bias(queries: Queries) -> Float[Array, "B 1 Q N"]:
         seen = jnp.bool_(True)
         if not causal:
-            seen = order[:, queries, None] >= orders[:, None]
+            seen = select(order, queries, 1)[..., None] >= orders[:, None]
         if window is not None:
-            seen &= position[:, queries, None] - positions[:, None] < window
+            seen &= select(position, queries, 1)[..., None] - positions[:, None] < window
         if tokens.segment is not None and memory.segment is not None:
-            seen &= tokens.segment[:, queries, None] == memory.segment[:, None]
+            seen &= select(tokens.segment, queries, 1)[..., None] == memory.segment[:, None]
         return jnp.where(seen, 0.0, MASKED)[:, None]
 
     return bias

@@ -25,7 +25,7 @@ import numpy as np
 from tokjax import hooks as hk
 from tokjax.models import layers
 from tokjax.models.transformer import SITES, Block, Blocks, Drop, LayerTrace, Ran, pair_mask
-from tokjax.signals import AttentionRule, Context, Queries, Signals
+from tokjax.signals import AttentionRule, Context, Queries, Signals, select
 from tokjax.tokens import MASKED, Tokens
 
 Feed = Literal["relu", "geglu"]
@@ -252,8 +252,8 @@ class Relative(struct.PyTreeNode):
     def rows(self, position: Int[Array, "B N"], queries: Queries) -> Float[Array, "B H Q N"]:
         """Bias of the chosen queries on all keys, for any positions."""
         if position is self.position:
-            return self.pairs[:, :, queries]
-        return pair_bias(self.by_distance, position[:, queries], position)
+            return select(self.pairs, queries, 2)
+        return pair_bias(self.by_distance, select(position, queries, 1), position)
 
 
 def pair_bias(

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from tokjax import hooks as hk
 from tokjax.models import layers
-from tokjax.signals import AttentionRule, Context, Queries, Signals
+from tokjax.signals import AttentionRule, Context, Queries, Signals, select
 from tokjax.tokens import MASKED, Tokens
 
 Gelu = Literal["exact", "tanh", "quick"]
@@ -150,9 +150,9 @@ def pair_mask(
     def bias(queries: Queries) -> Array:
         seen = jnp.bool_(True)
         if position is not None:
-            seen = position[:, queries, None] >= position[:, None]
+            seen = select(position, queries, 1)[..., None] >= position[:, None]
         if segment is not None:
-            seen &= segment[:, queries, None] == segment[:, None]
+            seen &= select(segment, queries, 1)[..., None] == segment[:, None]
         return jnp.where(seen, 0.0, MASKED)[:, None]
 
     return bias
