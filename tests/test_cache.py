@@ -233,10 +233,10 @@ def test_slots_that_are_used_again(recent, per_head):
     bounded = each(start, lambda group: kv.bound(group, 9, recent))
     assert {group.slots for group in bounded.groups} == {9}
 
-    def without(order, group):
+    def without(position, group):
         """Makes room for a token where nine are there."""
-        made = (group.kind == kv.MADE) & (group.order > order - recent)
-        worth = jnp.where(group.valid & ~made, group.score * 100 + group.order, jnp.inf)  # the oldest of equal ones
+        last = group.position > position.reshape(-1, *(1,) * (group.position.ndim - 1)) - recent
+        worth = jnp.where(group.valid & ~last, group.score * 100 + group.order, jnp.inf)  # the oldest of equal ones
         full = group.count()[..., None] == 9
         return kv.evict(group, full & (jnp.arange(group.slots) == jnp.argmin(worth, -1)[..., None]))
 
@@ -244,7 +244,7 @@ def test_slots_that_are_used_again(recent, per_head):
     def steps(cache, by_mask):
         step, outs = nnx.merge(graph, params).steps(), []
         for t in range(6):
-            cache = each(cache, functools.partial(without, cache.order)) if by_mask else cache
+            cache = each(cache, functools.partial(without, cache.position)) if by_mask else cache
             logits, cache = step(cache, new[t])
             outs.append(logits)
         return jnp.stack(outs), cache

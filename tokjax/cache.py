@@ -178,7 +178,7 @@ def admit(cache: Cache) -> tuple[Cache, tuple[Slot, ...]]:
     """Gives the next token a slot in every group, and tells which; keys and values are written by `write`."""
 
     def group(one: Group) -> tuple[Group, Slot]:
-        slot = one.prompt + cache.at if one.recent is None else _least(one, cache.order)
+        slot = one.prompt + cache.at if one.recent is None else _least(one, cache.position)
 
         def put(field: Array, value: Any) -> Array:
             value = jnp.broadcast_to(jnp.asarray(value, field.dtype), field.shape[:-1])
@@ -193,12 +193,12 @@ def admit(cache: Cache) -> tuple[Cache, tuple[Slot, ...]]:
     return cache.replace(groups=groups), slots
 
 
-def _least(group: Group, order: Int[Array, ""]) -> Int[Array, "B *K"]:
+def _least(group: Group, position: Int[Array, "B"]) -> Int[Array, "B *K"]:
     """The slot that the next token takes over: an empty one, else that of the least score, the oldest of equal ones."""
     assert group.recent is not None
     worth = (group.order if group.score is None else group.score).astype(jnp.float32)
-    made = (group.kind == MADE) & (group.order > order - group.recent)
-    worth = jnp.where(group.valid, jnp.where(made, jnp.inf, worth), -jnp.inf)
+    recent = group.position > position.reshape(-1, *(1,) * (group.position.ndim - 1)) - group.recent
+    worth = jnp.where(group.valid, jnp.where(recent, jnp.inf, worth), -jnp.inf)
     least = worth == worth.min(-1, keepdims=True)
     return jnp.argmin(jnp.where(least, group.order, jnp.iinfo(jnp.int32).max), -1).astype(jnp.int32)
 
@@ -225,7 +225,7 @@ def bound(group: Group, slots: int, recent: int = 0) -> Group:
     Args:
         group: right after the prompt, with at most `slots` for it: see `compact`.
         slots: S from here on.
-        recent: the last new tokens that stay, whatever their score.
+        recent: the last tokens by their position, the next one included, stay whatever their score.
 
     Raises:
         ValueError: fewer slots than the prompt has, or none that a new token could take.
@@ -304,7 +304,7 @@ def per_head(group: Group) -> Group:
     heads = group.keys[0].shape[1]
 
     def wide(field: Array | None) -> Array | None:
-        return None if field is None else jnp.broadcast_to(field[:, None], (len(field), heads, field.shape[-1]))
+        return None if field is None else jnp.broadcast_to(field[:, None], (field.shape[0], heads, field.shape[-1]))
 
     names = ("position", "order", "kind", "valid", "bias", "score")
     return group.replace(**{name: wide(getattr(group, name)) for name in names})
