@@ -195,8 +195,8 @@ class ByteTokenizer:
         """`encode` to this length."""
         return encode(texts, self.length)
 
-    def prompts(self, texts: Sequence[str | bytes]) -> list[list[int]]:
-        """The ids of each text to be gone on with: neither padded, nor cut, nor ended."""
+    def prompts(self, texts: Sequence[str | bytes], *, special: bool = True) -> list[list[int]]:
+        """The ids of each text to be gone on with: neither padded, nor cut, nor ended; there is no start of text."""
         raw = (text if isinstance(text, bytes) else text.encode("utf-8", "replace") for text in texts)
         return [[byte + OFFSET for byte in text] for text in raw]
 

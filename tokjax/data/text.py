@@ -11,6 +11,7 @@ import ml_collections
 from ml_collections import config_dict
 import numpy as np
 
+from tokjax.data import texts
 from tokjax.data.bytes import PAD
 from tokjax.data.config import complete
 from tokjax.data.corruption import IGNORE, shift_right
@@ -26,7 +27,6 @@ from tokjax.data.text_tasks import (
     Spelling,
     TextTask,
 )
-from tokjax.data.texts import open_texts
 from tokjax.errors import UserError
 
 TASKS = ("span_corruption", *DIAGNOSTICS, "spelling", "classify")
@@ -133,18 +133,7 @@ class TextLoader(Stream):
 
 def default_config() -> ml_collections.ConfigDict:
     """Span corruption of the embedded text, every field with its meaning; configs start from it."""
-    config = ml_collections.ConfigDict()
-    # embedded, files, languages, parquet; auto: embedded without a path, else what the path holds
-    config.source = "auto"
-    config.path = ""  # a folder, a file, or a pattern such as news_{split}.txt
-    config.train_split = "train"
-    config.test_split = "test"  # val, valid, validation, dev and test stand for each other; all: everything
-    config.document = "line"  # what a document is: line, paragraph, file
-    config.held_out = 0.05  # share of the documents of test, where splits have no files of their own
-    config.text_column = config_dict.placeholder(str)  # of parquet; None: found by its type
-    config.label_column = config_dict.placeholder(str)
-    config.template = config_dict.placeholder(str)  # "Premise: {premise} Hypothesis: {hypothesis}"; None: one column
-    config.classes = config_dict.placeholder(int)  # of parquet that does not name them
+    config = texts.default_config()
     config.task = "span_corruption"  # vowels, contextual_vowels, merge, spelling, classify
     config.length = 1024  # N, bytes of the encoder's input with EOS; 64 for the diagnostic tasks
     config.decoder_only = False  # a baseline: the encoder reads nothing but EOS
@@ -239,12 +228,12 @@ def make_task(config: ml_collections.ConfigDict, split: str) -> TextTask:
         task = Diagnostic(kind, config.length, count, options.seed + (0 if training else _HELD_OUT_SEED))
     else:
         name = {"train": config.train_split, "test": config.test_split}.get(split, split)
-        texts = open_texts(config, name, labelled=kind == "classify")
+        documents = texts.open_texts(config, name, labelled=kind == "classify")
         if kind == "span_corruption":
             options = config.corruption
-            task = SpanCorruption(texts, config.length, options.density, options.mean_span, options.pack)
+            task = SpanCorruption(documents, config.length, options.density, options.mean_span, options.pack)
         elif kind == "spelling":
-            task = Spelling(texts, config.length, config.spelling.target, config.spelling.noise)
+            task = Spelling(documents, config.length, config.spelling.target, config.spelling.noise)
         else:
-            task = Classify(texts, config.length)
+            task = Classify(documents, config.length)
     return DecoderOnly(task) if config.decoder_only else task

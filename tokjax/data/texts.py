@@ -18,6 +18,7 @@ from typing import Literal
 from absl import logging
 from jaxtyping import Int32
 import ml_collections
+from ml_collections import config_dict
 import numpy as np
 import pyarrow as pa
 
@@ -242,6 +243,23 @@ def parquet(
     documents = [text for text in documents if text]
     labels = None if labels is None else labels[kept]
     return Texts(documents, np.zeros(len(documents), np.int32), ("text",), labels, names)
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """The fields of a data config that `open_texts` reads, with their meaning."""
+    config = ml_collections.ConfigDict()
+    # embedded, files, languages, parquet; auto: embedded without a path, else what the path holds
+    config.source = "auto"
+    config.path = ""  # a folder, a file, or a pattern such as news_{split}.txt
+    config.train_split = "train"
+    config.test_split = "test"  # val, valid, validation, dev and test stand for each other; all: everything
+    config.document = "line"  # what a document is: line, paragraph, file
+    config.held_out = 0.05  # share of the documents of test, where splits have no files of their own
+    config.text_column = config_dict.placeholder(str)  # of parquet; None: found by its type
+    config.label_column = config_dict.placeholder(str)
+    config.template = config_dict.placeholder(str)  # "Premise: {premise} Hypothesis: {hypothesis}"; None: one column
+    config.classes = config_dict.placeholder(int)  # of parquet that does not name them
+    return config
 
 
 def open_texts(config: ml_collections.ConfigDict, split: str, labelled: bool = False) -> Texts:

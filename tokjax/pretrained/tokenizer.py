@@ -13,7 +13,7 @@ here, from the published code of each family:
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import partial
 import gzip
@@ -23,7 +23,7 @@ from typing import Any, Literal, Self
 
 from jaxtyping import Int, Int32
 import numpy as np
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
 
 from tokjax.errors import UserError
@@ -290,6 +290,36 @@ class Tokenizer:
         backend.add_special_tokens(["<pad>", "<bos>", "<eos>"])
         _frame(backend, "<bos>", "<eos>")
         return cls(backend, length=length, pad_id=0, bos_id=vocabulary["<bos>"], eos_id=vocabulary["<eos>"])
+
+    @classmethod
+    def train_bpe(cls, texts: Iterable[str], length: int, vocab_size: int) -> Self:
+        """A byte-level BPE that keeps case and spaces (GPT-2's), whose merges are learned from texts.
+
+        Ids: `<pad>` 0, `</s>` 1, which ends a text, then the bytes and the merges. Any text can be written with it.
+
+        Args:
+            texts: to learn from.
+            length: T, at least 2.
+            vocab_size: at most so many ids; fewer where the texts have no more pairs that occur twice.
+
+        Raises:
+            ValueError: a vocabulary without room for the bytes, or a length out of range.
+        """
+        special = ["<pad>", "</s>"]
+        if vocab_size < (least := 256 + len(special)):
+            raise ValueError(f"vocab_size={vocab_size}: must be at least {least}")
+        backend = Backend(models.BPE())
+        backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            min_frequency=2,
+            special_tokens=special,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        backend.train_from_iterator(texts, trainer)
+        _frame(backend, None, special[1])
+        return cls(backend, length=length, pad_id=0, eos_id=1)
 
     def save(self, folder: str | Path) -> None:
         """Writes `tokenizer.json` and `tokenizer_config.json`, which `load` and transformers read to the same ids."""
