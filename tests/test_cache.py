@@ -208,6 +208,23 @@ def test_size_is_the_formula():
     assert abs(compiled / told - 1) < 0.03  # of which the addresses of so few bytes are most
 
 
+def test_what_layers_hold():
+    """Of every token of the prompt, whichever slot it is in; made ones do not count."""
+    cache, go_on = program(TINY)
+    for made in (cache, go_on(cache)[1]):
+        share = np.asarray(kv.held(jax.tree.map(jnp.asarray, made)))
+        assert share.shape == (3, 3, 12)
+        for layer, (g, _) in enumerate(made.layers):
+            there = [
+                set(np.asarray(cache.groups[g].order)[row][cache.groups[g].valid[row]].tolist()) for row in range(3)
+            ]
+            assert [set(np.flatnonzero(row).tolist()) for row in share[layer]] == there
+    group = kv.per_head(jax.tree.map(jnp.asarray, cache.groups[0]))
+    one = group.replace(valid=group.valid.at[:, 0].set(False))
+    half = np.asarray(kv.held(cache.replace(groups=(one, *cache.groups[1:]), layers=((0, 0), None, (1, 0)))))
+    assert set(half[0].ravel().tolist()) == {0.0, 0.5} and not half[1].any() and half[2].any()
+
+
 @pytest.mark.parametrize(("recent", "per_head"), [(2, True)])
 def test_slots_that_are_used_again(recent, per_head):
     """Nine slots for a prompt of five and six new tokens: what is taken over is what eviction by mask takes out."""

@@ -272,3 +272,34 @@ class TestDeletedBytes:
     def test_errors(self, rows, options, message):
         with pytest.raises(ValueError, match=message):
             viz.deleted_bytes(rows, **options)
+
+
+class TestShadedTokens:
+    def test_the_colour_tells_the_share(self):
+        full, half, none = (
+            viz.shaded_tokens([("a", ["one", " two"], np.full(2, share))], fonts=()) for share in (1.0, 0.5, 0.0)
+        )
+        blue = np.array((86, 180, 233))
+        assert full.dtype == np.uint8 and full.shape == half.shape == none.shape
+        assert (full == blue).all(-1).sum() > 500 > 0 == (none == blue).all(-1).sum()
+        assert (np.abs(half - (blue + 255.0) / 2) <= 0.5).all(-1).sum() > 500
+        one = viz.shaded_tokens([("a", ["one", " two"], np.array([1.0, 0.0]))], fonts=())
+        np.testing.assert_allclose((one == blue).all(-1).sum(), 3 / 7 * (full == blue).all(-1).sum(), rtol=0.1)
+
+    def test_lines(self):
+        one, two = (viz.shaded_tokens([("a", ["é\n"] * n, np.ones(n))], columns=16, fonts=()) for n in (8, 9))
+        assert two.shape[0] > one.shape[0] and two.shape[1] == one.shape[1]
+        assert viz.shaded_tokens([("nothing", [], np.zeros(0))], fonts=()).ndim == 3
+
+    @pytest.mark.parametrize(
+        ("rows", "options", "message"),
+        [
+            ([], {}, "rows must hold at least one text"),
+            ([("a", ["b", "c"], np.ones(1))], {}, r"share of 'a' must be \[2\] in 0..1, got \[1\]"),
+            ([("a", ["b"], np.array([1.5]))], {}, "in 0..1"),
+            ([("a", ["b"], np.ones(1))], {"columns": 9}, "columns and font_size must be at least 16 and 6, got 9"),
+        ],
+    )
+    def test_errors(self, rows, options, message):
+        with pytest.raises(ValueError, match=message):
+            viz.shaded_tokens(rows, **options)

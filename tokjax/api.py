@@ -23,7 +23,7 @@ from tokjax.cache import Cache
 from tokjax.errors import UserError
 from tokjax.generate import Decoding, Generated, Going
 from tokjax.hooks import Hook, ModelInfo, Reducer, check
-from tokjax.models.decoder import Decoder, DecoderConfig, Prompts, Shares, share_keys
+from tokjax.models.decoder import Decoder, DecoderConfig, Prefilled, Prompts, Shares, share_keys
 from tokjax.models.dual import DualConfig, DualOutput, unit
 from tokjax.models.t5 import T5, T5Config
 from tokjax.models.text import Text, TextConfig
@@ -303,8 +303,7 @@ class Model:
         Raises:
             ValueError: as `generate`; a beam search; a model that is no decoder.
         """
-        if not self._decodes:
-            raise ValueError(f"This model is a {MODULES[type(self.config)].__name__}: begin needs a Decoder.")
+        self._needs_decoder("begin")
         how, ids, valid = self._to_go_on_with(texts, valid, key, settings)
         return self._begun(self.params, ids, valid, key, how=how)
 
@@ -373,8 +372,7 @@ class Model:
             yield parts["model"], self._hooks(parts["reducers"])
 
     def _begin(self, params, ids, valid, key, *, how: Decoding) -> Going:
-        with self._running(params) as (module, hooks):
-            read = module.prefill(Prompts(ids, valid), hooks, capacity=how.max_tokens, key=key)
+        read = self.prefill(params, Prompts(ids, valid), capacity=how.max_tokens, key=key)
         return generate.start(read.cache, read.logits, how, key)
 
     def _go_on(self, params, now: Going, until) -> Going:
@@ -386,6 +384,52 @@ class Model:
             options = {"length": how.max_tokens, "beams": how.beams, "valid": valid, "key": key}
             step, cache, logits = module.begin(ids, hooks, **options)
         return generate.run(step, cache, logits, how, key)
+
+    def prefill(
+        self, params: Mapping[str, Any], inputs: PyTree, *, capacity: int, key: Array | None = None
+    ) -> Prefilled:
+        """Reads texts into a cache, the reducers at work, as a pure function of the parameters.
+
+        Args:
+            params: as `self.params`.
+            inputs: ids [B, N], or `Prompts`.
+            capacity: tokens that there shall be room for behind the prompt.
+            key: for reducers that draw.
+
+        Raises:
+            ValueError: texts of another shape, or a model that is no decoder.
+        """
+        self._needs_decoder("prefill")
+        with self._running(params) as (module, hooks):
+            return module.prefill(inputs, hooks, capacity=capacity, key=key)
+
+    def follow(
+        self, params: Mapping[str, Any], cache: Cache, ids: Int[Array, "B T"]
+    ) -> tuple[Float[Array, "B T V"], Cache]:
+        """Takes in given tokens one by one (teacher forcing): the logits behind each, and the cache with all of them.
+
+        Args:
+            params: as `self.params`.
+            cache: of `prefill`, with room for T tokens.
+            ids: of the tokens.
+
+        Raises:
+            ValueError: a cache of another model, batch or rotation, or a model that is no decoder.
+        """
+        self._needs_decoder("follow")
+        with self._running(params) as (module, hooks):
+            step = module.steps(hooks)
+
+            def take(cache: Cache, ids: Int[Array, "B"]) -> tuple[Cache, Array]:
+                logits, cache = step(cache, ids)
+                return cache, logits
+
+            cache, logits = jax.lax.scan(take, cache, ids.T)
+        return jnp.swapaxes(logits, 0, 1), cache
+
+    def _needs_decoder(self, name: str) -> None:
+        if not self._decodes:
+            raise ValueError(f"This model is a {MODULES[type(self.config)].__name__}: {name} needs a Decoder.")
 
     def module(self, params: Mapping[str, Any]) -> Any:
         """The NNX module with these parameters, for its other functions; within `jax.jit` or outside of it."""
@@ -445,8 +489,7 @@ class Model:
         Raises:
             ValueError: a model that is no decoder.
         """
-        if not self._decodes:
-            raise ValueError(f"This model is a {MODULES[type(self.config)].__name__}: share_keys needs a Decoder.")
+        self._needs_decoder("share_keys")
         config, params = share_keys(self.config, self.params["model"], layer, group, shares)
         if config == self.config:
             return self
@@ -537,8 +580,7 @@ class Model:
             raise ValueError(f"phase={phase!r}: needs a Decoder, this is a {MODULES[type(self.config)].__name__}")
 
         def read(params: Any, ids: Any) -> tuple[Array, Cache]:
-            with self._running(params) as (module, hooks):
-                out = module.prefill(ids, hooks, capacity=tokens)
+            out = self.prefill(params, ids, capacity=tokens)
             return out.logits, out.cache
 
         if phase == "prefill":

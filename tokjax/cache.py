@@ -365,6 +365,23 @@ def compact(
     )
 
 
+def held(cache: Cache) -> Float[Array, "L B N"]:
+    """Which tokens of the prompt every layer still holds: the share of its key heads that do, in 0..1.
+
+    A merged token stands where its anchor stood. A layer that has read no prompt holds nothing.
+    """
+
+    def share(group: Group) -> Float[Array, "B N"]:
+        order, there = (x if group.per_head else x[:, None] for x in (group.order, group.valid))
+        slots = jnp.arange(cache.length)
+        at = (order[..., None] == slots) & there[..., None]
+        return at.any(2).astype(jnp.float32).mean(1)
+
+    shares = [share(group) for group in cache.groups]
+    nothing = jnp.zeros((len(cache.start), cache.length), jnp.float32)
+    return jnp.stack([nothing if at is None else shares[at[0]] for at in cache.layers])
+
+
 def specs(cache: Cache, data: str | None = "data", model: str | None = "model") -> Cache:
     """How a cache lies on a mesh, a `PartitionSpec` for every array: rows over `data`, key heads over `model`.
 

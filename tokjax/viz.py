@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from tokjax import writing
 
@@ -518,6 +518,62 @@ def deleted_bytes(
             box = (x + (2 if index == 0 else 0), bottom, x + width - (2 if index == len(data) - 1 else 0), bottom + 5)
             draw.rectangle(box, PALETTE[0] if alive else "white", "#8FA9BD")
     draw.text((2 * gap + label, row * line + gap), ";  ".join(notes), "#555555", small)
+    return np.asarray(canvas)
+
+
+def shaded_tokens(
+    rows: Sequence[tuple[str, Sequence[str], Float[Array, " n"]]],
+    *,
+    columns: int = 96,
+    font_size: int = 15,
+    fonts: Sequence[str | Path] | None = None,
+) -> UInt8[Array, "H W 3"]:
+    """Texts whose tokens stand on a colour that tells a share, such as that of the layers that hold them.
+
+    A token of share 0 is pale, on white; of share 1 on the full colour. Line ends in a text are shown as signs.
+
+    Args:
+        rows: (name, the text of each token, the share of each in 0..1).
+        columns: characters in a line, at least 16.
+        font_size: in pixels.
+        fonts: files to look for characters in, after matplotlib's; None: all that the system has.
+
+    Raises:
+        ValueError: no rows, shares that do not fit their tokens or lie outside of 0..1, or a number out of range.
+    """
+    if not rows:
+        raise ValueError("rows must hold at least one text")
+    if columns < 16 or font_size < 6:
+        raise ValueError(f"columns and font_size must be at least 16 and 6, got {columns} and {font_size}")
+    for name, tokens, share in rows:
+        given = np.asarray(share)
+        if given.shape != (len(tokens),) or not ((given >= 0) & (given <= 1)).all():
+            raise ValueError(f"share of {name!r} must be [{len(tokens)}] in 0..1, got {list(given.shape)}")
+    faces = _faces({character for _, tokens, _ in rows for token in tokens for character in token}, font_size, fonts)
+    face = ImageFont.truetype(_DEJAVU, font_size)
+    width, line = math.ceil(0.68 * font_size), math.ceil(1.6 * font_size)
+    label = max(math.ceil(face.getlength(name)) for name, _, _ in rows)
+    placed: list[tuple[int, int, str, float]] = []  # line, column, character, share
+    heads, number = [], 0
+    for name, tokens, share in rows:
+        heads.append((number, name))
+        characters = [(c, float(value)) for token, value in zip(tokens, share, strict=True) for c in token]
+        placed += [(number + i // columns, i % columns, *one) for i, one in enumerate(characters)]
+        number += max(1, -(-len(characters) // columns)) + 1
+    gap = font_size
+    canvas = Image.new("RGB", (label + columns * width + 3 * gap, (number - 1) * line + gap), "white")
+    draw = ImageDraw.Draw(canvas)
+    for number, name in heads:
+        draw.text((gap + label, gap // 2 + (number + 0.5) * line), name, _INK, face, anchor="rm")
+    full = np.array(ImageColor.getrgb(PALETTE[5]))
+    for number, column, character, value in placed:
+        left, top = 2 * gap + label + column * width, gap // 2 + number * line
+        colour = tuple(np.round(255 + value * (full - 255)).astype(int).tolist())
+        draw.rectangle((left, top, left + width - 1, top + line - 2), colour)
+        if character in faces and character != " ":
+            ink = _INK if value else "#B0B0B0"
+            shown = _VISIBLE.get(character, character)
+            draw.text((left + width / 2, top + 0.72 * line), shown, ink, faces[character], anchor="ms")
     return np.asarray(canvas)
 
 

@@ -10,6 +10,7 @@ import tokjax
 from tokjax.data.bytes import ByteTokenizer
 from tokjax.generate import Console
 from tokjax.models.decoder import DecoderConfig, Prompts
+from tokjax.models.vit import ViTConfig
 
 SIZES = {"width": 16, "hidden": 24, "depth": 1, "heads": 4, "kv_heads": 2, "head_width": 4, "max_length": 40}
 LENGTHS = (10, 4, 7)
@@ -44,6 +45,29 @@ def test_the_cache_gives_what_whole_passes_give():
         ended = length < 6 or int(out.ids[row, -1]) in (2, 5)
         assert ended == bool(np.isin(out.ids[row], (2, 5)).any())
         assert (out.ids[row, length:] == 2).all()
+
+
+def test_given_tokens_are_followed():
+    """What generating would have seen: a prompt's logits, then those behind every token that it chose."""
+    ids, valid = texts()
+    made = model()
+    out = made.generate(ids, valid=valid, max_tokens=6)
+    assert (np.asarray(out.length) > 2).any()
+
+    @jax.jit
+    def read(params, ids, valid, new):
+        first = made.prefill(params, Prompts(ids, valid), capacity=6)
+        later, cache = made.follow(params, first.cache, new)
+        return first.logits, later, cache.at
+
+    first, later, at = read(made.params, ids, valid, out.ids[:, :5])
+    assert at == 5 and later.shape == (3, 5, 20)
+    for row, length in enumerate(out.length.tolist()):
+        chosen = [int(first[row].argmax()), *later[row].argmax(-1).tolist()]
+        assert chosen[:length] == out.ids[row, :length].tolist()
+    vit = tokjax.build(ViTConfig((8, 8), 4, width=8, depth=1, heads=1))
+    with pytest.raises(ValueError, match="This model is a ViT: prefill needs a Decoder"):
+        vit.prefill(vit.params, ids, capacity=6)
 
 
 def test_pieces_give_the_same_and_are_seen():
