@@ -7,7 +7,6 @@ evaluation. The weight of the loss term that rewards deletion is fixed, or steer
 """
 
 from collections.abc import Callable, Iterable, Mapping
-import dataclasses
 import functools
 from typing import Any, ClassVar
 
@@ -27,7 +26,7 @@ from tokjax.data.corruption import IGNORE
 from tokjax.errors import UserError
 from tokjax.hooks import losses
 from tokjax.models.t5 import Seq2Seq, T5Config, preset
-from tokjax.tasks.experiment import RESULTS, Experiment, lines, user_input
+from tokjax.tasks.experiment import RESULTS, Experiment, common_config, lines, shape_config, shape_of, user_input
 from tokjax.train import controllers
 from tokjax.train.config import default_config as train_config
 from tokjax.train.losses import cross_entropy
@@ -40,16 +39,9 @@ COUNTS = ("tokens", "deleted", "starved", "overflow")  # what reducers note row 
 
 def default_config() -> ml_collections.ConfigDict:
     """Every field of an experiment on bytes, with its meaning; configs start from it."""
-    config = ml_collections.ConfigDict()
-    config.task = "byte_lm"
-    config.mode = "all"  # what runs without --mode
+    config = common_config("byte_lm")
     config.title = "Byte-level language model"
-    config.seed = 0
-    config.devices = 1  # over which a batch of training is split; 0: all
-    config.batch_size = 32  # of training
-    config.eval_batch_size = 50
-    config.init = ""  # a checkpoint to start from: folder, file or hub id; empty: random weights
-    config.init_dtype = config_dict.placeholder(str)
+    config.batch_size, config.eval_batch_size = 32, 50
     config.model = model_config("byt5-small")
     config.reduce = ml_collections.ConfigDict({"name": ""})  # a reducer of the encoder and its settings; empty: none
     config.data = text.default_config()
@@ -86,12 +78,7 @@ def model_config(name: str = "", **changes: Any) -> ml_collections.ConfigDict:
 
     Lengths are those of the data.
     """
-    config = ml_collections.ConfigDict({"preset": name})
-    for field in dataclasses.fields(T5Config):
-        if field.name not in ("length", "decoder_length"):
-            config[field.name] = config_dict.placeholder(type(field.default))
-    config.update(changes)
-    return config
+    return shape_config(T5Config, ("length", "decoder_length"), name, **changes)
 
 
 class ByteLM(Experiment):
@@ -112,10 +99,9 @@ class ByteLM(Experiment):
     # Models
 
     def build(self) -> api.Model:
-        fields = {k: v for k, v in self.config.model.to_dict().items() if k != "preset" and v is not None}
-        task, name = self.test_loader().task, self.config.model.preset
-        fields |= {"length": task.length, "decoder_length": task.target_length}
-        shape = preset(name, **fields) if name else T5Config(**fields)
+        task = self.test_loader().task
+        lengths = {"length": task.length, "decoder_length": task.target_length}
+        shape = shape_of(self.config.model, T5Config, preset, **lengths)
         return api.build(shape, self.config.seed, preprocess=ByteTokenizer(task.length))
 
     @functools.cached_property

@@ -12,7 +12,8 @@ import hashlib
 import operator
 from pathlib import Path
 import sys
-from typing import Any, ClassVar, TypeVar
+from types import UnionType
+from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -41,8 +42,8 @@ RESULTS = "results.jsonl"
 Model = Any  # an `api.Model`; an `api.DualModel` in tasks that have texts too
 
 
-def default_config(task: str) -> ml_collections.ConfigDict:
-    """The fields that every experiment has, with their meaning; those of a task come on top."""
+def common_config(task: str) -> ml_collections.ConfigDict:
+    """The fields that every experiment has, on images or texts."""
     config = ml_collections.ConfigDict()
     config.task = task
     config.mode = "all"  # what runs without --mode
@@ -52,9 +53,15 @@ def default_config(task: str) -> ml_collections.ConfigDict:
     config.batch_size = 64  # of training
     config.eval_batch_size = 128
     config.init = ""  # a checkpoint to start from: folder, file or hub id; empty: random weights
-    # Its own image size, which the data then have too, and float32, unless another is named here.
+    config.init_dtype = config_dict.placeholder(str)  # None: float32
+    return config
+
+
+def default_config(task: str) -> ml_collections.ConfigDict:
+    """The fields that every experiment on images has, with their meaning; those of a task come on top."""
+    config = common_config(task)
+    # Of the checkpoint, which the data then have too; None: its own.
     config.init_image_size = config_dict.placeholder(tuple)
-    config.init_dtype = config_dict.placeholder(str)
     config.model = model_config("s/16")
     config.reduce = reduce = ml_collections.ConfigDict()  # a reducer that is on in every mode; empty: none
     reduce.name = ""
@@ -90,12 +97,38 @@ def default_config(task: str) -> ml_collections.ConfigDict:
 
 def model_config(name: str = "", **changes: Any) -> ml_collections.ConfigDict:
     """A preset such as "s/16" ("": ViTConfig's defaults) and fields of ViTConfig to change; None changes nothing."""
-    config = ml_collections.ConfigDict({"preset": name})
-    for field in dataclasses.fields(ViTConfig):
-        if field.name != "image_size":  # the data's
-            config[field.name] = config_dict.placeholder(float if field.default is None else type(field.default))
+    return shape_config(ViTConfig, ("image_size",), name, **changes)  # the size is the data's
+
+
+def shape_config(kind: type, apart: Sequence[str], name: str = "", **changes: Any) -> ml_collections.ConfigDict:
+    """The name of a preset, and all fields of a model's config but a few, as placeholders of their types.
+
+    Args:
+        kind: the model's config, a dataclass.
+        apart: fields that come from elsewhere.
+        name: of the preset.
+        **changes: fields to set.
+    """
+    config, hints = ml_collections.ConfigDict({"preset": name}), get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        if field.name not in apart:
+            config[field.name] = config_dict.placeholder(_plain_type(hints[field.name]))
     config.update(changes)
     return config
+
+
+def _plain_type(hint: Any) -> type:
+    """What a value of a hint such as `int | None`, `tuple[int, ...]` or `Literal["a"]` is."""
+    if get_origin(hint) in (Union, UnionType):
+        hint = next(part for part in get_args(hint) if part is not type(None))
+    return str if get_origin(hint) is Literal else get_origin(hint) or hint
+
+
+def shape_of(config: ml_collections.ConfigDict, kind: type, preset: Callable[..., Any], **fields: Any) -> Any:
+    """The model's config that a `shape_config` describes; `fields` are those that come from elsewhere."""
+    given = {k: v for k, v in config.to_dict().items() if k != "preset" and v is not None}
+    given |= fields
+    return preset(config.preset, **given) if config.preset else kind(**given)
 
 
 def whole_patches(config: ViTConfig) -> ViTConfig:
@@ -223,10 +256,8 @@ class Experiment(abc.ABC):
     def build(self) -> Model:
         """A model with random weights, as the config describes it."""
         config, size = self.config, tuple(self.config.data.image_size)
-        fields = {k: v for k, v in config.model.to_dict().items() if k != "preset" and v is not None}
-        outputs = fields.pop("num_classes", None) or self.outputs()
-        fields = {"image_size": size, "num_classes": outputs, **fields}
-        shape = whole_patches(preset(config.model.preset, **fields) if config.model.preset else ViTConfig(**fields))
+        outputs = config.model.num_classes or self.outputs()
+        shape = whole_patches(shape_of(config.model, ViTConfig, preset, image_size=size, num_classes=outputs))
         return api.build(shape, config.seed, preprocess=self.preprocess(size))
 
     def preprocess(self, size: tuple[int, int]) -> Preprocess:
