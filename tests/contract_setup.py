@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tokjax import cache as kv
 from tokjax import hooks as hk
 from tokjax import token_map
 from tokjax.models import vit
@@ -63,7 +64,7 @@ QUICK = _known(
     }
 )
 
-# What only a decoder with a cache does has laws of its own, in `reducers/llm`.
+# What only a decoder with a cache does has laws of its own: on caches at the end of the contract, in `reducers/llm`.
 LAWFUL = sorted(name for name, registered in REGISTRY.items() if not registered.decoder)
 
 Fields = Literal["bare", "sized", "padded"]  # features only; with sizes, gates and kinds; with a valid mask as well
@@ -216,6 +217,35 @@ def walker(name: str) -> Callable[[Tokens, Context], Walk]:
 def program(name: str) -> Callable[[Tokens, Context], Walk]:
     """The same, compiled once a shape."""
     compiled = jax.jit(walker(name), compiler_options=QUICK)
+    return lambda tokens, context: jax.tree.map(np.asarray, compiled(tokens, context))
+
+
+@functools.cache
+def cacher(name: str, **settings: Any) -> Callable[[Tokens, Context], kv.Cache]:
+    """What a reducer of caches leaves of one that all layers fill with the tokens; as `walker`."""
+
+    def run(tokens: Tokens, context: Context) -> kv.Cache:
+        tokens, context = jax.tree.map(jnp.asarray, (tokens, context))
+        context = context.replace(key=jax.random.wrap_key_data(context.key))
+        reducer = made(name, info((tokens.length, tokens.prefix)), **settings)
+        hooks, inside = reducer.hooks(info((tokens.length, tokens.prefix))), signals(tokens, context)
+        inside = inside.replace(rule=dataclasses.replace(inside.rule, causal=True))
+        noted, _ = hk.reduce(hooks, "input", 0, tokens, Signals(context=context))
+        for layer in range(DEPTH):
+            noted, _ = hk.reduce(hooks, "after_attention", layer, noted, inside)
+        kept = [kv.Kept(tokens, inside.key, inside.value)] * DEPTH
+        cache = kv.fill(kept, tokens.position.max(1) + 1, tokens.length, 2, "write")
+        for hook in hk.at(hooks, "after_prefill"):
+            cache = hook(cache, noted)
+        return cache
+
+    return run
+
+
+@functools.cache
+def cached(name: str, **settings: Any) -> Callable[[Tokens, Context], kv.Cache]:
+    """The same, compiled once a shape."""
+    compiled = jax.jit(cacher(name, **settings), compiler_options=QUICK)
     return lambda tokens, context: jax.tree.map(np.asarray, compiled(tokens, context))
 
 

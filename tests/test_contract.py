@@ -1,5 +1,7 @@
 """Laws that every registered reducer obeys, whatever its method.
 
+Reducers of caches, which plan nothing for tokens, have laws of their own at the end.
+
 A law that cannot hold for a method is exempted in the registry with the reason; the tests then demand that it is
 really broken, so that an exemption goes when its reason does.
 """
@@ -26,6 +28,8 @@ from contract_setup import (
     Walk,
     applied,
     batch_of,
+    cached,
+    cacher,
     cases,
     context_of,
     draws,
@@ -54,6 +58,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import numpy as np
 import pytest
 
+from tokjax import cache as kv
 from tokjax import token_map
 from tokjax.models import vit
 from tokjax.reducers import REGISTRY, Law, create
@@ -629,6 +634,123 @@ def test_it_lowers_for_tpu_and_cuda(name, form):
     except NotImplementedError as error:  # a primitive without a lowering breaks the law like a wrong answer
         raise AssertionError(str(error)) from error
     assert exported.platforms == ("tpu", "cuda")
+
+
+# Caches
+
+
+def _same_cache(actual: kv.Cache, expected: kv.Cache, rows=slice(None), tolerance: float = 0.0) -> None:
+    """In every layer the same valid tokens, in their order, with the same keys and values."""
+    assert [at is None for at in actual.layers] == [at is None for at in expected.layers]
+    for here, there in zip(actual.layers, expected.layers, strict=True):
+        one, other = (kv.per_head(take(cache.groups[at[0]], rows)) for cache, at in ((actual, here), (expected, there)))
+        assert one.keys[0].dtype == other.keys[0].dtype
+        equal(one.count(), other.count(), "tokens")
+        for row, head in np.ndindex(*one.valid.shape[:2]):
+            a, b = (np.asarray(group.valid[row, head]) for group in (one, other))
+            for name in ("position", "kind"):
+                equal(getattr(one, name)[row, head][a], getattr(other, name)[row, head][b], name)
+            for i, j in ((one.keys[here[1]], other.keys[there[1]]), (one.values[here[1]], other.values[there[1]])):
+                close(i[row, head][a].astype(np.float32), j[row, head][b].astype(np.float32), tolerance, "buffers")
+
+
+def _evicts(name: str) -> bool:
+    return any(hook.where == "after_prefill" for hook in made(name, info(SHAPE)).hooks(info(SHAPE)))
+
+
+CACHED = [name for name in sorted(REGISTRY.keys() - set(LAWFUL)) if _evicts(name)]
+
+
+@pytest.mark.parametrize("name", CACHED)
+def test_a_padded_row_has_the_cache_of_the_row_alone(name):
+    """Wherever the padding is, whatever stands in it and in the rows beside; without padding a mask says nothing."""
+    n, (length, prefix) = SHAPE[0], ALONE
+
+    @examples(10)
+    @given(seed=SEEDS, style=st.sampled_from(SAFE))
+    def holds(seed, style):
+        rng = np.random.default_rng(seed)
+        x, context = features(rng, style, (BATCH, n, CHANNELS)), context_of(rng, SHAPE)
+        short = features(rng, style, (BATCH, length, CHANNELS))
+        place = np.sort(rng.permutation(n)[:length])
+        valid = np.ones((BATCH, n), bool)
+        valid[1:3] = np.isin(np.arange(n), place)
+        x[1:3] = 1e4 * rng.normal(size=(2, n, CHANNELS))
+        x[1:3, place] = short[1:3]
+        position = np.where(valid, np.cumsum(valid, 1) - 1, -1).astype(np.int32)
+        beside = cached(name)(batch_of(x, SHAPE, valid=valid).replace(position=position), context)
+        alone = cached(name)(batch_of(short, (length, prefix)), context)
+        _same_cache(beside, alone, slice(1, 3))
+        _same_cache(beside, cached(name)(batch_of(x, SHAPE), context), slice(3, 4))
+        assert (beside.groups[0].count() < valid.sum(1).reshape(-1, *(1,) * (beside.groups[0].valid.ndim - 2))).all()
+
+    holds()
+
+
+@pytest.mark.parametrize("name", CACHED)
+def test_a_cache_is_evicted_alike_eagerly_and_in_bf16(name):
+    """Under vmap too; scores are made in float32, so that only the keys are rounded."""
+    tokens, context = Draw(fields="sized", seed=1).args
+    tokens = tokens.replace(x=np.asarray(tokens.x.astype(jnp.bfloat16), np.float32))
+    want = cached(name)(tokens, context)
+    _same_cache(cacher(name)(tokens, context), want)
+    half = cached(name)(tokens.replace(x=tokens.x.astype(jnp.bfloat16)), context)
+    assert half.groups[0].keys[0].dtype == jnp.bfloat16
+    _same_cache(jax.tree.map(lambda leaf: leaf.astype(np.float32) if leaf.dtype == jnp.bfloat16 else leaf, half), want)
+    split = jax.tree.map(lambda leaf: leaf.reshape(2, BATCH // 2, *leaf.shape[1:]), (tokens, context))
+    mapped = jax.jit(jax.vmap(cacher(name)), compiler_options=QUICK)(*split)
+    _same_cache(
+        jax.tree.map(lambda leaf: np.asarray(leaf[1]), mapped), jax.tree.map(lambda x: x[2:] if x.ndim else x, want)
+    )
+
+
+@pytest.mark.parametrize("name", CACHED)
+def test_a_cache_has_no_nan_and_the_slots_that_its_budget_says(name):
+    for args in extreme(name):
+        _finite(cached(name)(*args))
+
+    def total(x, tokens, context):
+        return sum(leaf.sum() for group in cacher(name)(tokens.replace(x=x), context).groups for leaf in group.keys)
+
+    tokens, context = extreme(name)[-1]
+    gradient = jax.jit(jax.grad(total), compiler_options=QUICK)(tokens.x, tokens, context)
+    assert np.isfinite(gradient).all() and np.abs(gradient[3]).max() > 0
+    knob, slots, args = REGISTRY[name].knob, [], Draw(fields="sized").args
+    values = knob.values(info(SHAPE))
+    for value in dict.fromkeys(values[i] for i in np.linspace(0, len(values) - 1, 5).round().astype(int)):
+        slots.append(sum(jax.eval_shape(cacher(name, **{knob.field: value}), *args).lengths()))
+    assert slots == sorted(slots) and slots[0] < slots[-1] == DEPTH * SHAPE[0]
+    assert not made(name, info(SHAPE), **REGISTRY[name].neutral).hooks(info(SHAPE))
+
+
+@pytest.mark.parametrize("name", CACHED)
+def test_a_sharded_cache_needs_no_collective(name):
+    """Under shard_map, every device with a row of its own, and where the compiler splits the work itself."""
+    pair = [Draw(fields="padded", seed=seed, counts=(9, 16, 3, 0)) for seed in (11, 12)]
+    args = jax.tree.map(lambda a, b: np.concatenate([a, b]), *[draw.args for draw in pair])
+    args = jax.device_put(args, NamedSharding(_mesh(), PartitionSpec("data")))
+
+    def buffers(tokens, context):
+        return [(group.keys, group.valid) for group in cacher(name)(tokens, context).groups]
+
+    want = jax.tree.map(
+        lambda a, b: np.concatenate([a, b]),
+        *[[(group.keys, group.valid) for group in cached(name)(*draw.args).groups] for draw in pair],
+    )
+    over = PartitionSpec("data")
+    shares = jax.jit(jax.shard_map(buffers, mesh=_mesh(), in_specs=over, out_specs=over))
+    for reduce in (shares, jax.jit(buffers, in_shardings=NamedSharding(_mesh(), over))):
+        compiled = reduce.lower(*args).compile(QUICK)
+        assert not COLLECTIVE.findall(compiled.as_text())
+        jax.tree.map(equal, compiled(*args), want)
+
+
+@pytest.mark.parametrize("name", CACHED)
+def test_eviction_lowers_for_tpu_and_cuda(name):
+    (b,) = jax.export.symbolic_shape("b")
+    specs = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((b, *leaf.shape[1:]), leaf.dtype), Draw().args)
+    function = jax.jit(lambda *args: jax.tree.leaves(cacher(name)(*args)))
+    assert jax.export.export(function, platforms=["tpu", "cuda"])(*specs).platforms == ("tpu", "cuda")
 
 
 # The tests themselves

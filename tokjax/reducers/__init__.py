@@ -20,6 +20,7 @@ from tokjax.reducers.chain import Chain, levels
 from tokjax.reducers.diffusion.tomesd import ToMeSD
 from tokjax.reducers.diffusion.tomesd import rates as merge_rates
 from tokjax.reducers.llm.byte_baselines import BoundaryPooling, ByteFixed, ByteRandom, ConvPooling
+from tokjax.reducers.llm.eviction import H2O, RandomCache, RecencyCache, SnapKV, StreamingLLM
 from tokjax.reducers.llm.fastv import FastV
 from tokjax.reducers.llm.fastv import rates as fastv_rates
 from tokjax.reducers.llm.mrt5 import MrT5
@@ -163,10 +164,16 @@ def _deleted(info: ModelInfo) -> list[float]:
     return [gone / patches for gone in range(patches - 1, -1, -1)]
 
 
+def _budgets(info: ModelInfo) -> list[float]:
+    rates = ((k, k / info.length) for k in range(1, info.length + 1))
+    return [rate if int(info.length * rate) == k else math.nextafter(rate, 1) for k, rate in rates]
+
+
 def _strides(info: ModelInfo) -> list[int]:
     return list(range(info.length - info.prefix, 0, -1))
 
 
+BUDGET = Knob("budget", "(0, 1], of the prompt's tokens in the cache, lower is cheaper", _budgets)
 CAPACITY = Knob("capacity", "1 to all tokens, lower is cheaper", _slots)
 REMOVED = Knob("r", "0 to half of the patches, higher is cheaper", _removed, _one_more_in_some)
 
@@ -546,6 +553,58 @@ REGISTRY: dict[str, Entry] = {
         phase="decode",
         knob=Knob("speedup", "at least 1, higher is cheaper", speedups, lambda *_: []),
         neutral={"speedup": 1.0},
+    ),
+    "snapkv": Entry(
+        make=SnapKV,
+        kind="prune, in the cache",
+        paper="Li et al., SnapKV, NeurIPS 2024",
+        needs=("the last attention rows",),
+        text=True,
+        phase="decode",
+        knob=BUDGET,
+        neutral={"budget": 1.0},
+    ),
+    "h2o": Entry(
+        make=H2O,
+        kind="prune, in the cache",
+        paper="Zhang et al., H2O, NeurIPS 2023",
+        needs=("all attention rows",),
+        text=True,
+        phase="decode",
+        knob=BUDGET,
+        neutral={"budget": 1.0},
+    ),
+    "streaming_llm": Entry(
+        make=StreamingLLM,
+        kind="prune, in the cache",
+        paper="Xiao et al., StreamingLLM, ICLR 2024",
+        needs=(),
+        text=True,
+        phase="decode",
+        knob=BUDGET,
+        neutral={"budget": 1.0},
+    ),
+    "random_cache": Entry(
+        make=RandomCache,
+        kind="prune, in the cache",
+        paper="control",
+        needs=("PRNG key",),
+        text=True,
+        phase="decode",
+        knob=BUDGET,
+        neutral={"budget": 1.0},
+        control=True,
+    ),
+    "recency_cache": Entry(
+        make=RecencyCache,
+        kind="prune, in the cache",
+        paper="control",
+        needs=(),
+        text=True,
+        phase="decode",
+        knob=BUDGET,
+        neutral={"budget": 1.0},
+        control=True,
     ),
     "random": Entry(
         make=Random,
