@@ -38,15 +38,15 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.title = f"A decoder of size {size}"
     if reducer:
         config.reduce = ml_collections.ConfigDict({"name": reducer})
-    (real if size in REAL else tiny if size == "tiny" else small)(config, size)
+    (real if size in REAL else {"small": small, "tiny": tiny}[size])(config, size)
     return config
 
 
 def small(config: ml_collections.ConfigDict, size: str) -> None:
-    """160 tokens, four blocks of width 96, few words to learn to look up."""
-    config.model = model_config("", width=96, hidden=256, depth=4, heads=4, kv_heads=2, head_width=24, tied=True)
-    config.data.length, config.data.prompt, config.data.test_subset = 160, 128, 200
-    config.data.facts.questions, config.data.facts.words = 6, 40
+    """128 tokens, four blocks of width 64, many questions of few words."""
+    config.model = model_config("", width=64, hidden=192, depth=4, heads=4, kv_heads=2, head_width=16, tied=True)
+    config.data.length, config.data.prompt, config.data.test_subset = 128, 96, 200
+    config.data.facts.count, config.data.facts.questions, config.data.facts.words = 6, 20, 24
     config.batch_size = 16
     config.train.total_steps = 2500
     config.train.log_every = 100

@@ -8,6 +8,7 @@ import pytest
 import tokjax
 from tokjax import budget
 from tokjax.bench.flops import vit_macs
+from tokjax.models.decoder import DecoderConfig
 from tokjax.models.t5 import Seq2Seq, T5Config
 from tokjax.models.vit import ViTConfig
 from tokjax.reducers import REGISTRY, create
@@ -90,6 +91,27 @@ def test_target_of_tokens(model):
     assert all(abs(found.relative - 0.6) <= abs(step - 0.6) for step in steps)
 
 
+def test_target_of_a_decoders_cache_and_reading():
+    sizes = {"width": 16, "hidden": 24, "depth": 3, "heads": 2, "kv_heads": 1, "head_width": 8, "vocab_size": 20}
+    decoder = tokjax.build(DecoderConfig(length=40, **sizes))
+    whole = decoder.cache_bytes()
+    assert whole == 3 * 40 * 2 * 8 * 4 + 40 * 10  # keys and values of every layer, and what slots hold
+    found = budget.solve("snapkv", decoder, cache=0.5)
+    assert found.relative == found.model.cache_bytes() / whole == pytest.approx(0.5, abs=0.03)
+    few = budget.solve("fastv", decoder, cache=0.2, layer=1)
+    assert few.unreachable == f"reaches {few.reachable[0]:.2f} to 1.00 of the cache" and few.settings["keep_rate"] == 0
+    read = budget.solve("fastv", decoder, macs=0.7, phase="prefill", layer=1)
+    assert read.macs == read.model.cost(phase="prefill").total
+    assert read.relative == read.macs / decoder.cost(phase="prefill").total == pytest.approx(0.7, abs=0.03)
+    none = budget.solve("snapkv", decoder, macs=0.7, phase="prefill")
+    assert not none.reached and none.relative >= 1  # it reads all of the prompt
+
+
+def test_a_cache_of_a_model_without_one(model):
+    with pytest.raises(ValueError, match="needs a Decoder"):
+        budget.solve("topk", model, cache=0.5)
+
+
 @pytest.fixture(scope="module")
 def images() -> np.ndarray:
     """From all alike to all different patches."""
@@ -152,8 +174,8 @@ def test_settings_and_reducers_that_stay(model):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({}, "macs=None, tokens=None: give one"),
-        ({"macs": 0.5, "tokens": 0.5}, "give one of the two"),
+        ({}, "macs=None, tokens=None, cache=None: give one of them"),
+        ({"macs": 0.5, "tokens": 0.5}, "macs=0.5, tokens=0.5, cache=None: give one of them"),
         ({"macs": 0}, "macs=0: must be in (0, 1]"),
         ({"tokens": 1.5}, "tokens=1.5: must be in (0, 1]"),
         ({"macs": 0.5, "r": 3}, "r=3: is what solve turns"),

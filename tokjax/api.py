@@ -599,6 +599,16 @@ class Model:
         costs = (flops.count(functools.partial(take, t=t), self.params, cache, ids) * n for t, n in alike.items())
         return functools.reduce(operator.add, costs)
 
+    def cache_bytes(self, batch: int = 1) -> int:
+        """Bytes of a decoder's cache behind prompts of `config.length` tokens, without room for more.
+
+        Raises:
+            ValueError: a model that is no decoder.
+        """
+        read = functools.partial(self.prefill, capacity=0)
+        cache = jax.eval_shape(read, self.params, self.config.example(batch)).cache
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache.groups))
+
     def token_counts(self) -> tuple[int, ...]:
         """Tokens that enter the MLP of every block, empty slots included; nothing is computed."""
         out = jax.eval_shape(functools.partial(self.forward, trace=True), self.params, self.config.example(1))

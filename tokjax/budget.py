@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 import dataclasses
 import math
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 from flax import nnx
 import jax
@@ -12,7 +12,10 @@ import numpy as np
 
 from tokjax import api, reducers
 from tokjax.hooks import reducing
+from tokjax.reducers import Phase
 
+Unit = Literal["macs", "tokens", "cache"]
+_NAMES: dict[Unit, str] = {"macs": "MACs", "tokens": "tokens", "cache": "cache"}
 CLOSE = 0.005  # of the unreduced model's cost: nearer to a target than this, finer settings are not looked for
 
 
@@ -24,10 +27,11 @@ class Solution:
         model: the reduced model, of the kind that was given.
         settings: of the reducer, the knob included.
         macs: of one input, the model's and the reducer's own together; on a batch, of its mean input (`counted_macs`).
-            Of the reducer's `phase`.
-        relative: reached share of the unreduced model's MACs or mean tokens, whichever the target was.
+            Of the phase that was asked for, the reducer's own by default.
+        relative: reached share of the unreduced model's MACs, mean tokens or cache, whichever the target was.
         target: the share that was asked for.
         reachable: lowest and highest share within reach.
+        unit: of the target.
     """
 
     model: Any
@@ -36,6 +40,7 @@ class Solution:
     relative: float
     target: float
     reachable: tuple[float, float]
+    unit: Unit = "macs"
 
     @property
     def reached(self) -> bool:
@@ -46,7 +51,7 @@ class Solution:
     def unreachable(self) -> str | None:
         """Why a table has no numbers at this target; None: it is within reach."""
         low, high = self.reachable
-        return None if self.reached else f"reaches {low:.2f} to {high:.2f} of the MACs"
+        return None if self.reached else f"reaches {low:.2f} to {high:.2f} of the {_NAMES[self.unit]}"
 
 
 @overload
@@ -56,6 +61,8 @@ def solve(
     *,
     macs: float | None = None,
     tokens: float | None = None,
+    cache: float | None = None,
+    phase: Phase | None = None,
     tower: api.Tower = "vision",
     inputs: PyTree | None = None,
     **settings: Any,
@@ -66,40 +73,45 @@ def solve(
     model: api.Model | api.DualModel,
     *,
     macs: Sequence[float],
+    phase: Phase | None = None,
     tower: api.Tower = "vision",
     inputs: PyTree | None = None,
     **settings: Any,
 ) -> list[Solution]: ...
-def solve(name, model, *, macs=None, tokens=None, tower="vision", inputs=None, **settings):
+def solve(name, model, *, macs=None, tokens=None, cache=None, phase=None, tower="vision", inputs=None, **settings):
     """The registered reducer `name`, with its knob set so that the cost comes nearest to the target.
 
     Args:
         name: a registered reducer.
         model: unreduced, or with reducers that stay.
         tower: of a model with two, the one to reduce and to measure.
-        macs: target share of this model's multiply-accumulates, in (0, 1]; or several of them, which gives a list. What
-            is counted is the reducer's `phase`: a call, or a decoder's reading or 64 steps of its going on.
-        tokens: target share of its mean number of tokens entering the MLPs, in (0, 1]; give one of the two.
+        macs: target share of this model's multiply-accumulates, in (0, 1]; or several of them, which gives a list.
+        tokens: target share of its mean number of tokens entering the MLPs, in (0, 1].
+        cache: target share of the bytes of a decoder's cache behind a prompt, in (0, 1]; give one of the three.
+        phase: of what MACs are counted: a call, or a decoder's reading or 64 steps of its going on; None: of what the
+            reducer makes cheaper.
         inputs: a batch, as the model takes it, on which the cost of a reducer is counted whose lengths depend on the
             data; without one its capacity counts. Others do not read it.
         settings: of the reducer, all but the knob.
 
     Raises:
-        ValueError: no or two targets, a target outside (0, 1], settings that `reduce` refuses, or a reducer whose cost
-            comes by training.
+        ValueError: no or several targets, a target outside (0, 1], settings that `reduce` refuses, a reducer whose cost
+            comes by training, or a cache of a model without one.
     """
-    if (macs is None) == (tokens is None):
-        raise ValueError(f"macs={macs}, tokens={tokens}: give one of the two")
+    targets: dict[Unit, Any] = {"macs": macs, "tokens": tokens, "cache": cache}
+    chosen = {unit: target for unit, target in targets.items() if target is not None}
+    if len(chosen) != 1:
+        raise ValueError(f"{', '.join(f'{k}={v}' for k, v in targets.items())}: give one of them")
     if isinstance(model, api.DualModel):
-        solved = solve(name, model.towers[tower], macs=macs, tokens=tokens, inputs=inputs, **settings)
+        solved = solve(name, model.towers[tower], **chosen, phase=phase, inputs=inputs, **settings)
         if isinstance(solved, list):
             return [dataclasses.replace(each, model=model.replace(**{tower: each.model})) for each in solved]
         return dataclasses.replace(solved, model=model.replace(**{tower: solved.model}))
-    given = tokens if macs is None else macs
+    ((unit, given),) = chosen.items()
     several = isinstance(given, Sequence)
     for target in given if several else (given,):
         if not 0 < target <= 1:
-            raise ValueError(f"{'tokens' if macs is None else 'macs'}={target}: must be in (0, 1]")
+            raise ValueError(f"{unit}={target}: must be in (0, 1]")
     knob = reducers.entry(name).knob
     if knob.learned:
         raise ValueError(f"name={name!r}: reaches a cost by training alone; give it {knob.field}={given} as a setting")
@@ -107,28 +119,39 @@ def solve(name, model, *, macs=None, tokens=None, tower="vision", inputs=None, *
         raise ValueError(f"tokens={tokens}: {name} leaves all tokens in a call; give macs")
     if knob.field in settings:
         raise ValueError(f"{knob.field}={settings[knob.field]!r}: is what solve turns; leave it out")
-    search = _Search(name, model, macs is None, inputs, settings)
+    search = _Search(name, model, unit, phase, inputs, settings)
     return [search.solve(target) for target in given] if several else search.solve(given)
 
 
 class _Search:
     """One reducer on one model: what each value of the knob costs, measured once."""
 
-    def __init__(self, name: str, model: api.Model, by_tokens: bool, inputs: PyTree | None, settings: dict[str, Any]):
-        self.name, self.model, self.by_tokens, self.settings = name, model, by_tokens, settings
+    def __init__(
+        self,
+        name: str,
+        model: api.Model,
+        unit: Unit,
+        phase: Phase | None,
+        inputs: PyTree | None,
+        settings: dict[str, Any],
+    ):
+        self.name, self.model, self.unit, self.settings = name, model, unit, settings
         self.registered = reducers.entry(name)
+        self.phase = phase or self.registered.phase
         self.batch = inputs if self.registered.length == "dynamic" else None
         self.values = self.registered.knob.values(model.info)
         self.tried: dict[Any, tuple[api.Model, float]] = {}
         self.whole = self.measure(model)
 
     def measure(self, reduced: api.Model) -> float:
-        return mean_tokens(reduced, self.batch) if self.by_tokens else self.cost(reduced)
+        if self.unit == "cache":
+            return reduced.cache_bytes()
+        return mean_tokens(reduced, self.batch) if self.unit == "tokens" else self.cost(reduced)
 
     def cost(self, reduced: api.Model) -> int:
         if self.batch is not None:
             return counted_macs(reduced, self.batch)
-        return reduced.cost(phase=self.registered.phase).total
+        return reduced.cost(phase=self.phase).total
 
     def at(self, value: Any) -> float:
         """Share of the unreduced model's cost that a value of the knob leaves."""
@@ -154,7 +177,7 @@ class _Search:
         found = {**self.settings, self.registered.knob.field: best}
         if self.registered.learned:
             reduced = api.reduce(self.model, self.name, **found)
-        return Solution(reduced, found, self.cost(reduced), relative, target, reachable)
+        return Solution(reduced, found, self.cost(reduced), relative, target, reachable, self.unit)
 
     def around(self, values: Sequence[Any], target: float) -> tuple[Any, Any]:
         """The two neighbours between which the target lies; the cost rises along the values."""

@@ -48,12 +48,14 @@ SHARES = {
     **{f"text_to_image@{k}": f"text to image R@{k}" for k in (1, 5, 10)},
     "agreement": "agreement with the unreduced model",
     "similarity": "cosine with the unreduced model's features",
+    "retrieval": "answers from the prompt",
 }
 # Key of a row -> (axis label, factor from the stored number to the shown one).
 AXES = {
     **{key: (f"{name} [%]", 100.0) for key, name in SHARES.items()},
     "macs": ("MACs per image [G]", 1e-9),
     "macs_relative": ("MACs relative to the unreduced model", 1.0),
+    "cache_relative": ("cache relative to the unreduced model's", 1.0),
     "mean_tokens": ("mean tokens a layer", 1.0),
     "images_per_s": ("images per second", 1.0),
     "speedup": ("measured speed-up [×]", 1.0),

@@ -42,7 +42,7 @@ def default_config() -> ml_collections.ConfigDict:
     config.facts = facts = ml_collections.ConfigDict()  # questions whose answers stand in the text
     facts.share = 0.5  # of the examples of training; 0: none, in the test neither
     facts.count = 6  # facts in a text
-    facts.questions = 4  # in an example of training, one behind the other; in the test there is one
+    facts.questions = 6  # in an example of training, one behind the other; in the test there is one
     facts.words = 100  # keys and values: of twice as many most frequent words those of the fewest tokens
     facts.test_count = 200
     return config
@@ -98,7 +98,7 @@ class Facts(Task):
         length: N.
         examples: how many there are.
         facts: in a text, each with a key of its own.
-        questions: one behind the other, of different facts.
+        questions: one behind the other; of different facts, as far as there are.
         prompt: tokens up to the answer of the one question; None: the last answer ends the example.
 
     Raises:
@@ -120,8 +120,9 @@ class Facts(Task):
         questions: int = 1,
         prompt: int | None = None,
     ):
-        if not 1 <= questions <= facts:
-            raise ValueError(f"questions={questions}: must be at least 1 and at most facts={facts}")
+        for name, value in (("facts", facts), ("questions", questions)):
+            if value < 1:
+                raise ValueError(f"{name}={value}: must be at least 1")
         if prompt is not None and questions != 1:
             raise ValueError(f"questions={questions}: must be 1 with a prompt")
         if len(words) < facts:
@@ -149,7 +150,9 @@ class Facts(Task):
         values = rng.integers(len(self._answers), size=self._facts)
         asked, answers = [self._asked[i] for i in chosen], [self._answers[i] for i in values]
         tail, labelled = [], []
-        for fact in rng.permutation(self._facts)[: self._questions]:
+        rounds = -(-self._questions // self._facts)
+        order = np.concatenate([rng.permutation(self._facts) for _ in range(rounds)])
+        for fact in order[: self._questions].tolist():
             tail += [asked[fact], answers[fact]]
             labelled += [np.zeros(len(asked[fact]), bool), np.ones(len(answers[fact]), bool)]
         facts = [np.concatenate(pair) for pair in zip(asked, answers, strict=True)]

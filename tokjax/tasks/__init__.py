@@ -35,6 +35,7 @@ TASKS = {  # name -> module beside this one and class in it; imported when it ru
     "compare": ("compare", "Compare"),
     "features": ("features", "FrozenFeatures"),
     "train_reducer": ("train_reducer", "TrainReducer"),
+    "kv_compare": ("kv_compare", "KVCompare"),
     "dense": ("dense", "Dense"),
     "rates": ("rates", "Rates"),
     "retrieval": ("retrieval", "Retrieval"),

@@ -33,8 +33,11 @@ from tokjax.errors import UserError
 from tokjax.generate import Console
 from tokjax.models.decoder import DecoderConfig, preset
 from tokjax.pretrained.tokenizer import FILES, Tokenizer
+from tokjax.reducers.llm import swiftkv
 from tokjax.tasks.experiment import RESULTS, Experiment, common_config, lines, shape_config, shape_of, user_input
+from tokjax.tasks.train_reducer import TEACHER
 from tokjax.train.config import default_config as train_config
+from tokjax.train.losses import swift_kv
 from tokjax.train.state import LossFn
 from tokjax.writing import whole_folder
 
@@ -57,6 +60,11 @@ def default_config() -> ml_collections.ConfigDict:
     config.reduce = ml_collections.ConfigDict({"name": ""})  # a reducer and its settings, not on in training; or none
     config.data = causal.default_config()
     config.train = train_config(total_steps=1000, best_metric="bits_per_byte", best_mode="min", keep_best=False)
+
+    config.distil = distil = ml_collections.ConfigDict()
+    distil.on = False  # train a SwiftKV of `reduce` to give what the model of `init` gives, and nothing else of it
+    distil.temperature = 2.0  # published (Qiao et al. 2024), as the next
+    distil.hidden = 1.0  # weight of the error of what enters the last block
 
     config.generate = generate = ml_collections.ConfigDict()
     generate.prompts = ("The",)
@@ -203,9 +211,59 @@ class CausalLM(Experiment):
     # Training
 
     def train(self) -> None:
-        """Trains the network without its reducer, or goes on; the result lies in `workdir/model`."""
+        """Trains the network without its reducer, or goes on; the result lies in `workdir/model`.
+
+        Raises:
+            UserError: distillation without a model to start from, or of another reducer.
+        """
+        if self.config.distil.on:
+            self.distil()
+            return
         model = self.fresh().unreduced
         self.fit(model, self.loader("train", train=True), self.loss(model), self.evaluation(model))
+
+    def distil(self) -> None:
+        """Trains the shared norm and the projections of a SwiftKV, all else frozen."""
+        name, _ = self.reduction()
+        if name != "swiftkv" or self.initial is None:
+            raise UserError(
+                f"config.distil.on=True: needs config.reduce.name='swiftkv', got {name!r}, and a model in config.init"
+            )
+        model = self.fresh()
+        frozen = *(f"model/{pattern}" for pattern in swiftkv.frozen(model.config.kv_layers)), f"{TEACHER}/.*"
+        data = self.loader("train", train=True)
+        self.fit(model, data, self.distillation(model), self.evaluation(model), frozen=frozen)
+
+    def parameters(self, model: api.Model) -> PyTree:
+        """The teacher's too, in distillation."""
+        if not self.config.distil.on or self.initial is None:
+            return model.params
+        return {**model.params, TEACHER: self.initial.unreduced.params["model"]}
+
+    def with_parameters(self, model: api.Model, parameters: PyTree) -> api.Model:
+        return model.with_params({name: parameters[name] for name in model.params})
+
+    def distillation(self, model: api.Model) -> LossFn:
+        """SwiftKV's loss, of all places of the texts."""
+        assert self.initial is not None
+        config, teacher = self.config.distil, self.initial.unreduced
+
+        def forward(params, ids, keys) -> dict[str, Array]:
+            own = {name: params[name] for name in model.params}
+            out = model.forward(own, ids, key=keys, train=True, states=True)
+            told = teacher.forward({"model": params[TEACHER], "reducers": {}}, ids, states=True)
+            assert out.states is not None and told.states is not None
+            features = out.states[-2].x, told.states[-2].x
+            return swift_kv(out.logits, told.logits, *features, temperature=config.temperature)[1]
+
+        run = parallel.by_rows(forward, self.mesh)
+
+        def loss(params, batch, key):
+            terms = run(params, batch["ids"], parallel.row_keys(key, len(batch["ids"])))
+            metrics = {f"loss/{name}": value for name, value in terms.items()}
+            return terms["logits"] + config.hidden * terms["hidden"], metrics
+
+        return loss
 
     def loss(self, model: api.Model) -> LossFn:
         """The mean over examples of their labels' mean cross-entropy: few answers weigh as much as a whole text."""
@@ -274,7 +332,7 @@ class CausalLM(Experiment):
         test, read = self.test_loader(), self.whole(model)
 
         def evaluate(params: PyTree) -> Mapping[str, float]:
-            return self.summary(self.totals(read, params, test))
+            return self.summary(self.totals(read, self.with_parameters(model, params).params, test))
 
         return evaluate
 
@@ -294,12 +352,10 @@ class CausalLM(Experiment):
         """`macs` of reading one prompt, `macs_step` of a token behind it (the mean), `cache_bytes` of the prompt."""
         prompt, room = self.config.data.prompt, self.config.data.length - self.config.data.prompt
         model = model.with_config(length=prompt)
-        read = functools.partial(model.prefill, capacity=0)
-        cache = jax.eval_shape(read, model.params, model.config.example(1)).cache
         return {
             "macs": model.cost(phase="prefill", tokens=room).total,
             "macs_step": model.cost(phase="decode", tokens=room).total // room,
-            "cache_bytes": sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache.groups)),
+            "cache_bytes": model.cache_bytes(),
         }
 
     def eval(self) -> None:

@@ -736,7 +736,7 @@ def describe(model: Model, whole: flops.Cost, label: str = "") -> dict[str, Any]
     cost, names = model.cost(), [method.name for method in model.methods]
     return {
         "method": label or " + ".join(names) or "unreduced",
-        "setting": "; ".join(", ".join(f"{k}={_short(v)}" for k, v in m.settings.items()) for m in model.methods),
+        "setting": "; ".join(", ".join(f"{k}={short(v)}" for k, v in m.settings.items()) for m in model.methods),
         "macs": cost.total,
         "macs_reducer": cost.reducer,
         "macs_relative": cost.total / whole.total,
@@ -761,5 +761,6 @@ def _key(row: Mapping[str, Any]) -> tuple[str, Any]:
     return row["method"], row.get("target")
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A setting as tables have it."""
     return f"{value:.3g}" if isinstance(value, float) else str(value)
