@@ -156,6 +156,12 @@ def slot_order(tokens: Tokens) -> Int[Array, "B N"]:
     return jnp.broadcast_to(jnp.arange(tokens.length, dtype=jnp.int32), tokens.x.shape[:2])
 
 
+def in_text(tokens: Tokens, there: Bool[Array, "B N"]) -> Int[Array, "B N"]:
+    """The slots of the tokens that are there in causal order, behind them the others."""
+    last = jnp.iinfo(jnp.int32).max
+    return jnp.argsort(jnp.where(there, slot_order(tokens), last), axis=-1, stable=True).astype(jnp.int32)
+
+
 def last_slot(tokens: Tokens) -> Int[Array, "B"]:
     """The slot of the last token of every row in causal order; of a row without any, the first slot."""
     order = slot_order(tokens)

@@ -24,6 +24,8 @@ from tokjax.reducers.llm.eviction import H2O, RandomCache, RecencyCache, SnapKV,
 from tokjax.reducers.llm.fastv import FastV
 from tokjax.reducers.llm.fastv import rates as fastv_rates
 from tokjax.reducers.llm.mrt5 import MrT5
+from tokjax.reducers.llm.prompt_merging import PromptMerging
+from tokjax.reducers.llm.prompt_merging import rates as pair_rates
 from tokjax.reducers.llm.skipdecode import SkipDecode, speedups
 from tokjax.reducers.llm.swiftkv import SwiftKV
 from tokjax.reducers.llm.swiftkv import layers as swiftkv_layers
@@ -533,6 +535,16 @@ REGISTRY: dict[str, Entry] = {
         text=True,
         knob=Knob("keep_rate", "[0, 1]", fastv_rates),
         neutral={"keep_rate": 1.0},
+    ),
+    "prompt_merging": Entry(
+        make=PromptMerging,
+        kind="merge",
+        paper="the library's own, after Bolya et al., ICLR 2023",
+        needs=("keys",),
+        text=True,
+        knob=Knob("keep_rate", "[0.5, 1], lower is cheaper", pair_rates),
+        neutral={"keep_rate": 1.0},
+        conserves=True,
     ),
     "swiftkv": Entry(
         make=SwiftKV,

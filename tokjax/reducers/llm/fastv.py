@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Int
 import numpy as np
 
 from tokjax.hooks import Hook, ModelInfo
-from tokjax.signals import Signals, last_row, last_slot, slot_order
+from tokjax.signals import Signals, in_text, last_row, last_slot, slot_order
 from tokjax.token_map import HardMap, Plan
 from tokjax.tokens import MASKED, Tokens
 
@@ -106,8 +106,7 @@ class FastV:
             return Plan(key_bias=hidden)
         # 3. They stay in the order of the text; surplus slots are empty.
         m, left = others + most, stays.sum(1)
-        last = jnp.iinfo(jnp.int32).max
-        keep = jnp.argsort(jnp.where(stays, order, last), axis=-1, stable=True)[:, :m].astype(jnp.int32)
+        keep = in_text(tokens, stays)[:, :m]
         filled = jnp.arange(m) < left[:, None]
         nobody = jnp.zeros((tokens.batch, 0), jnp.int32)
         full = tokens.valid is None and self.kind is None and not isinstance(self.kept, tuple)
