@@ -23,6 +23,7 @@ from tokjax.cache import Cache
 from tokjax.errors import UserError
 from tokjax.generate import Decoding, Generated, Going
 from tokjax.hooks import Hook, ModelInfo, Reducer, check
+from tokjax.models.bert import Bert, BertConfig
 from tokjax.models.decoder import Decoder, DecoderConfig, Prefilled, Prompts, Shares, share_keys
 from tokjax.models.dual import DualConfig, DualOutput, unit
 from tokjax.models.t5 import T5, T5Config
@@ -32,6 +33,7 @@ from tokjax.models.vit import Patches, ViT, ViTConfig
 from tokjax.models.weave import Weave, WovenDecoder
 from tokjax.pretrained.checkpoint import NAMES, REDUCER_WEIGHTS, REDUCERS, load_checkpoint, write_checkpoint
 from tokjax.pretrained.files import Tensors
+from tokjax.pretrained.names import TextModel
 from tokjax.signals import Context
 from tokjax.writing import whole_folder, write_whole
 
@@ -39,7 +41,13 @@ Family = Literal["hf", "timm"]
 Tower = Literal["vision", "text"]
 Place = jax.sharding.Sharding | Callable[[tuple[str | int, ...], tuple[int, ...]], jax.sharding.Sharding]
 _SHORTEST = 64  # lengths of padded texts are multiples of this
-MODULES: dict[type, Any] = {ViTConfig: ViT, TextConfig: Text, T5Config: T5, DecoderConfig: Decoder}
+MODULES: dict[type, Any] = {
+    ViTConfig: ViT,
+    TextConfig: Text,
+    BertConfig: Bert,
+    T5Config: T5,
+    DecoderConfig: Decoder,
+}
 
 
 class Trace(struct.PyTreeNode):
@@ -762,7 +770,7 @@ def _scale_and_bias(temperature: Mapping[str, Array]) -> tuple[Array, Array | No
 
 @overload
 def build(
-    config: ViTConfig | TextConfig | T5Config | DecoderConfig, seed: int = 0, *, preprocess: Any = None
+    config: ViTConfig | TextConfig | BertConfig | T5Config | DecoderConfig, seed: int = 0, *, preprocess: Any = None
 ) -> Model: ...
 @overload
 def build(config: DualConfig, seed: int = 0, *, preprocess: Any = None, tokenizer: Any = None) -> DualModel: ...
@@ -770,7 +778,7 @@ def build(config: Any, seed: int = 0, *, preprocess: Any = None, tokenizer: Any 
     """A model with random weights.
 
     Args:
-        config: of a ViT, a text encoder, both, a T5, or a decoder.
+        config: of a ViT, a text encoder, both, a BERT, a T5, or a decoder.
         seed: of the weights.
         preprocess: from images (for a text encoder: from texts) to the input.
         tokenizer: from texts to ids, of the two-tower model.
@@ -831,7 +839,7 @@ def load(
         return Model(nnx.merge(graph, params), preprocess=preprocess, family=side)
 
     if not isinstance(config, DualConfig):
-        preprocess = checkpoint.tokenizer if isinstance(config, T5Config | DecoderConfig) else checkpoint.preprocess
+        preprocess = checkpoint.tokenizer if isinstance(config, TextModel) else checkpoint.preprocess
         return _with_saved_reducers(model(config, params, preprocess), local / REDUCERS)
     dual = DualModel(
         model(config.vision, params["vision"], checkpoint.preprocess),
@@ -951,7 +959,7 @@ def save(model: Model | DualModel, folder: str | Path, *, dtype: str = "float32"
     else:
         config, params, family = dataclasses.replace(model.config, scan=False), trees[""], model.family
     preprocess, tokenizer = model.preprocess, model.tokenizer if isinstance(model, DualModel) else None
-    if isinstance(config, T5Config | DecoderConfig):
+    if isinstance(config, TextModel):
         preprocess, tokenizer = None, preprocess
     learned = {
         tower + jax.tree_util.keystr(key): np.asarray(leaf)

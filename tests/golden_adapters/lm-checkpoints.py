@@ -12,15 +12,17 @@ from safetensors.numpy import save_file
 
 import tokjax
 from tokjax.data.corruption import shift_right
+from tokjax.models.bert import Encoding
 from tokjax.models.decoder import DecoderConfig, Prompts, rotate, turns
 from tokjax.models.t5 import Seq2Seq
 from tokjax.train.losses import cross_entropy
 
 INPUTS = (
     *("param/*", "input_ids", "attention_mask", "labels", "config_json"),
+    "token_type_ids",
     *("position_ids", "mrope_section", "rope_theta", "query_in", "key_in"),
 )
-TOLERANCE = {"generate/*_ids": (0, 0), "qwen2vl_mrope/*": (1e-5, 1e-5), "*": (1e-4, 1e-4)}
+TOLERANCE = {"bert_*/*": (1e-5, 1e-5), "generate/*_ids": (0, 0), "qwen2vl_mrope/*": (1e-5, 1e-5), "*": (1e-4, 1e-4)}
 EXCUSED = dict.fromkeys(
     ("token_type", "*_grid_thw", "spatial_merge_size", "position_delta"),
     "positions of images and videos are given: finding them is a matter of vision-language models",
@@ -29,16 +31,15 @@ EXCUSED = dict.fromkeys(
 
 # What stands at padding is of no meaning.
 def _there(inputs: dict) -> np.ndarray:
-    mask = (inputs["attention_mask"] == 1)[..., None]
-    # A decoder's logits stand at the same places.
-    return mask if "labels" not in inputs else np.ones_like(mask[:1, :1])
+    return (inputs["attention_mask"] == 1)[..., None]
 
 
-COMPARE = {
-    "encoder_hidden_state_*": lambda inputs: (inputs["attention_mask"] == 1)[..., None],
-    "hidden_state_*": _there,
-    "logits": _there,
-}
+def _at_logits(inputs: dict) -> np.ndarray:
+    """A decoder's stand at the same places; not so those of an encoder with a decoder, or a classifier."""
+    return np.bool_(True) if {"labels", "token_type_ids"} & inputs.keys() else _there(inputs)
+
+
+COMPARE = {"encoder_hidden_state_*": _there, "hidden_state_*": _there, "logits": _at_logits}
 
 
 def run(case: Path, arrays: dict) -> dict:
@@ -124,6 +125,19 @@ def run_decoder(model: tokjax.Model, arrays: dict) -> dict:
     return results | generations(model, inputs, arrays)
 
 
+def run_bert(model: tokjax.Model, arrays: dict) -> dict:
+    ids, types, mask = (jnp.asarray(arrays[name]) for name in ("input_ids", "token_type_ids", "attention_mask"))
+    inputs = Encoding(ids, types, mask == 1)
+
+    @jax.jit
+    def outputs(params):
+        return model.module(params).embed(inputs).x, model.forward(params, inputs, states=True)
+
+    embedded, out = outputs(model.params)
+    results = {"logits": out.logits} if model.config.num_classes else {"pooled": out.pooled}
+    return {**results, **{f"hidden_state_{i}": x for i, x in enumerate([embedded, *(t.x for t in out.states)])}}
+
+
 def run_sections(arrays: dict) -> dict:
     """Rotary positions of three axes."""
     width = arrays["query_in"].shape[-1]
@@ -140,4 +154,8 @@ def run_sections(arrays: dict) -> dict:
     return {**rotated, **{name: jnp.tile(part, 2) for name, part in zip(("cos", "sin"), turn, strict=True)}}
 
 
-RUN = {"t5": run_t5, **dict.fromkeys(("llama", "mistral", "qwen2", "gemma", "gemma2", "opt"), run_decoder)}
+RUN = {
+    "bert": run_bert,
+    "t5": run_t5,
+    **dict.fromkeys(("llama", "mistral", "qwen2", "gemma", "gemma2", "opt"), run_decoder),
+}

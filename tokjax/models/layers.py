@@ -242,6 +242,16 @@ def dropout(x: Array, drop: tuple[float | Array, Array] | None) -> Array:
     return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
 
 
+def drop_weights(signals: Signals, drop: tuple[float | Array, Array] | None) -> Signals:
+    """Signals whose attention lacks single weights, for which the whole map must be there; None: as they are."""
+    return signals if drop is None else signals.replace(weights=dropout(attention_rows(signals), drop))
+
+
+def salted(drop: tuple[float | Array, Array] | None, salt: int) -> tuple[float | Array, Array] | None:
+    """The same rate with another key, for another place of a block."""
+    return None if drop is None else (drop[0], fold_in(drop[1], salt))
+
+
 def fold_in(key: Array, number: int | Array) -> Array:
     """`jax.random.fold_in` of one key, or of one key a row."""
     return jax.vmap(jax.random.fold_in, (0, None))(key, number) if key.ndim else jax.random.fold_in(key, number)

@@ -347,10 +347,7 @@ def _linear(cfg: T5Config, inputs: int, outputs: int, init: Any, rngs: nnx.Rngs)
 
 
 def _attend(signals: Signals, implementation: Literal["xla", "cudnn"], drop: Drop | None) -> Float[Array, "B N I"]:
-    if drop is not None:  # of single weights, for which the map must be there
-        from_rows = layers.attention_rows(signals)
-        signals = signals.replace(weights=layers.dropout(from_rows, drop))
-    out = layers.attention(signals, implementation)
+    out = layers.attention(layers.drop_weights(signals, drop), implementation)
     return out.reshape(*out.shape[:2], -1)
 
 
@@ -368,10 +365,10 @@ class T5Block(Block):
             self.norm_cross, self.cross = norm(), CrossAttention(stack, rngs=rngs)
 
     def _attend(self, signals: Signals, drop: Drop | None) -> Array:
-        return self.attn(signals, _salted(drop, 3))
+        return self.attn(signals, layers.salted(drop, 3))
 
     def _feed(self, x: Array, drop: Drop | None) -> Array:
-        return self.mlp(x, lambda hidden: layers.dropout(hidden, _salted(drop, 4)))
+        return self.mlp(x, lambda hidden: layers.dropout(hidden, layers.salted(drop, 4)))
 
     def _dropped(self, y: Array, drop: Drop) -> Array:
         return layers.dropout(y, drop)
@@ -385,14 +382,10 @@ class T5Block(Block):
         def look(part: Tokens) -> Array:
             keys, values = self.cross.project(memory.x)
             seen[0] = self.cross.signals(part.x, keys, values, memory.attention_bias(), context)
-            return self.cross(seen[0], _salted(drop, 5))
+            return self.cross(seen[0], layers.salted(drop, 5))
 
         tokens = branch("around_cross_attention", tokens, self.norm_cross, look, "", 2)
         return hk.reduce(hooks, "after_cross_attention", layer, tokens, seen[0])[0]
-
-
-def _salted(drop: Drop | None, salt: int) -> Drop | None:
-    return None if drop is None else (drop[0], layers.fold_in(drop[1], salt))
 
 
 class Cache(struct.PyTreeNode):

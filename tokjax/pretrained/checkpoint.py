@@ -1,4 +1,4 @@
-"""Loads and saves encoders, and T5's with their decoders, as Hugging Face, timm, OpenAI and others publish them.
+"""Loads and saves encoders, T5's and decoders as Hugging Face, timm, OpenAI and others publish them.
 
     checkpoint = load_checkpoint("facebook/deit-small-patch16-224")
     pixels = checkpoint.preprocess([Image.open("cat.jpg")])
@@ -23,6 +23,7 @@ from safetensors.numpy import save_file
 from tokjax.data.bytes import VOCABULARY as BYTES
 from tokjax.data.bytes import ByteTokenizer
 from tokjax.errors import UserError
+from tokjax.models.bert import Bert, BertConfig
 from tokjax.models.decoder import Decoder, DecoderConfig
 from tokjax.models.dual import DualConfig
 from tokjax.models.layers import unstack
@@ -81,6 +82,8 @@ def shapes(config: Config) -> dict[str, Any]:
 
     if isinstance(config, ViTConfig):
         return tree(ViT, config)
+    if isinstance(config, BertConfig):
+        return tree(Bert, config)
     if isinstance(config, T5Config):
         return tree(T5, config)
     if isinstance(config, DecoderConfig):
@@ -115,7 +118,7 @@ def load_checkpoint(
     scan: bool = False,
     place: names.Place | None = None,
 ) -> Checkpoint:
-    """Loads an encoder, the two of an image-text model, a T5, or a decoder.
+    """Loads an encoder of images or texts, the two of an image-text model, a T5, or a decoder.
 
     Args:
         path_or_id: a folder, a file (safetensors, torch pickles and archives, `.npz`), or a hub id ("user/name",
@@ -156,7 +159,7 @@ def load_checkpoint(
     if isinstance(config, names.TextModel):
         if image_size is not None:
             raise ValueError(f"image_size={image_size}: must be None for a model of texts")
-        length = config.max_length if isinstance(config, DecoderConfig) else config.length
+        length = config.length if isinstance(config, T5Config) else config.max_length
         return Checkpoint(config, read(place), None, source, _tokenizer(found, length, config.vocab_size))
     assert not isinstance(stored, names.TextModel)
     if image_size is not None:
@@ -239,6 +242,8 @@ def _config(fields: dict[str, Any]) -> Config:
     """The inverse of `dataclasses.asdict`."""
     if "decoder_depth" in fields:
         return _fields(T5Config, fields)
+    if "types" in fields:
+        return _fields(BertConfig, fields)
     if "kv_heads" in fields:
         return _fields(DecoderConfig, fields)
     if "vision" not in fields:
@@ -310,7 +315,7 @@ def write_checkpoint(
     rows = form.naming(config)
     tensors = names.write_tree(rows, shapes(config), _unstacked(params), config)
     tensors |= {name: np.zeros(shape, np.float32) for name, shape in form.blank(config).items()}
-    if form.prefix and not isinstance(config, names.TextModel) and vision_of(config).num_classes:
+    if form.prefix and _classes(config):
         heads = tuple(rows[head].files[0] + "." for head in ("head", "head_dist") if head in rows)
         tensors = {name if name.startswith(heads) else form.prefix + name: value for name, value in tensors.items()}
     tensors = {name: tensor.astype(DTYPES[dtype], copy=False) for name, tensor in tensors.items()}
@@ -328,6 +333,11 @@ def write_checkpoint(
     if tokenizer is not None:
         tokenizer.save(folder)
     _write_json(folder / files.CONFIG, {**form.describe(config, preprocess), _KEY: own})
+
+
+def _classes(config: Config) -> int:
+    """Outputs of the head of a model, or of its image tower; 0 of a model that writes texts."""
+    return getattr(config.vision if isinstance(config, DualConfig) else config, "num_classes", 0)
 
 
 _TOWERS = ("vision", "text", "encoder", "decoder")

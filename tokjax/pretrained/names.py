@@ -29,6 +29,7 @@ import jax
 import numpy as np
 
 from tokjax.errors import UserError
+from tokjax.models.bert import BertConfig
 from tokjax.models.decoder import DecoderConfig
 from tokjax.models.dual import DualConfig
 from tokjax.models.t5 import T5Config
@@ -37,7 +38,7 @@ from tokjax.pretrained.stored import check_float, forget
 
 Kind = Literal["linear", "in_proj", "matrix", "patch", "norm", "array", "vector", "rows", "one", "positions"]
 Path = tuple[str | int, ...]
-TextModel = T5Config | DecoderConfig
+TextModel = BertConfig | T5Config | DecoderConfig
 Config = ViTConfig | DualConfig | TextModel
 Place = Callable[[Path, np.ndarray], Any]
 

@@ -10,6 +10,7 @@ One `Family` a naming; a new one is a table of names, a few functions and a plac
 | `clip` | `clip`, `clip_vision_model`; OpenAI's names | Hugging Face, OpenAI, OpenCLIP |
 | `open_clip` | a tower of timm and a text encoder | OpenCLIP's SigLIP |
 | `siglip` | `siglip`, `siglip2` and their vision towers | Hugging Face |
+| `bert` | `bert` | Hugging Face |
 | `t5` | `t5` (1.0, 1.1, ByT5), `mt5` | Hugging Face |
 | `llama` | `llama`, `mistral`, `qwen2`, `gemma`, `gemma2` | Hugging Face |
 | `opt` | `opt` | Hugging Face |
@@ -17,11 +18,13 @@ One `Family` a naming; a new one is a table of names, a few functions and a plac
 """
 
 from tokjax.errors import UserError
+from tokjax.models.bert import BertConfig
 from tokjax.models.decoder import DecoderConfig
 from tokjax.models.dual import DualConfig
 from tokjax.models.t5 import T5Config
 from tokjax.pretrained.families.augreg import AUGREG
 from tokjax.pretrained.families.base import SIDES, Family, Json
+from tokjax.pretrained.families.bert import HF_BERT
 from tokjax.pretrained.families.clip import HF_CLIP, HF_CLIP_VISION, OPENAI_CLIP
 from tokjax.pretrained.families.dino import (
     DINOV2_UPSTREAM,
@@ -45,7 +48,7 @@ _HUGGING_FACE = (
     *(HF_CLIP, HF_CLIP_VISION),
     *(HF_SIGLIP, HF_SIGLIP_VISION, HF_SIGLIP2, HF_SIGLIP2_VISION),
     *(HF_DINOV2, HF_DINOV2_REGISTERS, HF_DINOV3),
-    *(HF_T5, HF_MT5),
+    *(HF_BERT, HF_T5, HF_MT5),
     *(HF_LLAMA, HF_MISTRAL, HF_QWEN2, HF_GEMMA, HF_GEMMA2, HF_OPT),
 )
 _OTHERS = (AUGREG, OPENAI_CLIP, OPEN_CLIP, DINOV2_UPSTREAM, DINOV2_UPSTREAM_REGISTERS, DINOV3_UPSTREAM)
@@ -54,6 +57,7 @@ FAMILIES: dict[str, Family] = {family.name: family for family in (TIMM, TIMM_EVA
 # Tensors by which files without a configuration are told apart: all of these, in the order of the rows.
 _MARKS: tuple[tuple[tuple[str, ...], Family], ...] = (
     (("embedding/kernel",), AUGREG),
+    (("embeddings.token_type_embeddings.weight", "encoder.layer.0.attention.self.query.weight"), HF_BERT),
     (("encoder.block.0.layer.0.SelfAttention.q.weight", "decoder.final_layer_norm.weight"), HF_T5),
     (("visual.class_embedding",), OPENAI_CLIP),
     (("visual.trunk.patch_embed.proj.weight",), OPEN_CLIP),
@@ -100,7 +104,9 @@ def recognise(config: Json, tensors: Readable) -> Family:
 def to_save(model: Config, side: str) -> Family:
     """The family to save a model as: one that can express it, on this side if possible; else one that can name it."""
     able = [family for family in FAMILIES.values() if family.expresses(model)]
-    other = {DualConfig: OPEN_CLIP, T5Config: HF_T5, DecoderConfig: HF_LLAMA}.get(type(model), TIMM)
+    other = {DualConfig: OPEN_CLIP, BertConfig: HF_BERT, T5Config: HF_T5, DecoderConfig: HF_LLAMA}.get(
+        type(model), TIMM
+    )
     return next((family for family in able if family.side == side), able[0] if able else other)
 
 
