@@ -40,7 +40,7 @@ _NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state)\
 
 _SMALL_HUB_FILES = [
     *(CONFIG, PROCESSOR, OPEN_CLIP_CONFIG, TOKENIZER, GENERATION),
-    *("tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "spiece.model"),
+    *("tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "vocab.txt", "spiece.model"),
     "chat_template.jinja",
 ]
 _HUB_ID = re.compile(r"(?:hf[-_]hub:)?(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[\w./-]+))?")
@@ -293,7 +293,7 @@ def _tensors(path: Path) -> Tensors:
 
 def _tokenizer(folder: Path) -> Path | None:
     openai = [(f"bpe_simple_vocab_16e6.txt{packed}",) for packed in (".gz", "")]
-    kinds = ((TOKENIZER,), ("vocab.json", "merges.txt"), *openai, ("spiece.model",))
+    kinds = ((TOKENIZER,), ("vocab.json", "merges.txt"), ("vocab.txt",), *openai, ("spiece.model",))
     return folder if any(all((folder / name).exists() for name in kind) for kind in kinds) else None
 
 

@@ -10,6 +10,7 @@ here, from the published code of each family:
 - SigLIP: lowercase, ASCII punctuation removed, runs of white space made one; 64 ids padded with `</s>`, id 1
   (big_vision: `pad_value=1`, sticky end of text). The text model reads out the last position: padding matters.
 - SigLIP2: Gemma's vocabulary, lowercase, no start of text, 64 ids padded with `<pad>`, id 0.
+- BERT: WordPiece of lowercase words without accents, unless the files say otherwise, from [CLS] to [SEP].
 """
 
 from collections import Counter
@@ -173,8 +174,8 @@ class Tokenizer:
     def load(cls, folder: str | Path, *, length: int | None = None, pad_id: int | None = None) -> Self:
         """The tokenizer of a checkpoint's folder (or of the folder that a file is in).
 
-        Read are, the first that is there: `tokenizer.json`; CLIP's `vocab.json` and `merges.txt`; OpenAI's
-        `bpe_simple_vocab_16e6.txt.gz`, packed or not. `tokenizer_config.json`, `special_tokens_map.json` and
+        Read are, the first that is there: `tokenizer.json`; CLIP's `vocab.json` and `merges.txt`; BERT's `vocab.txt`;
+        OpenAI's `bpe_simple_vocab_16e6.txt.gz`, packed or not. `tokenizer_config.json`, `special_tokens_map.json` and
         `config.json` beside them tell length, special tokens, padding and whether it is one of SigLIP's.
 
         Args:
@@ -209,6 +210,9 @@ class Tokenizer:
                 backend = _clip(vocabulary, merges, folder / "vocab.json")
                 tokens = {"bos_token": _START, "eos_token": _END, "pad_token": tokens["pad_token"]}
                 default_length = 77
+        elif (folder / "vocab.txt").is_file():
+            backend = _wordpiece(folder / "vocab.txt", settings)
+            tokens["pad_token"] = tokens["pad_token"] or "[PAD]"
         elif found := [folder / name for name in _OPENAI_FILES if (folder / name).is_file()]:
             merges = _merges(found[0])[:_OPENAI_MERGES]
             backend = _clip(_openai_vocabulary(merges), merges, found[0])
@@ -220,7 +224,8 @@ class Tokenizer:
                 "tokenizer.json of the same model beside it (transformers' AutoTokenizer saves one)"
             )
         else:
-            raise UserError(f"no tokenizer in {folder}: it has neither tokenizer.json nor vocab.json and merges.txt")
+            kinds = "tokenizer.json, vocab.json and merges.txt, vocab.txt"
+            raise UserError(f"no tokenizer in {folder}: it has none of {kinds}")
 
         ids = {name: None if text is None else backend.token_to_id(text) for name, text in tokens.items()}
         kind = str(settings.get("tokenizer_class", "")).removesuffix("Fast")
@@ -236,7 +241,8 @@ class Tokenizer:
         alone = _special_ids(backend)
         bos_id, eos_id = ids["bos_token"], ids["eos_token"]
         if pad_id is None:
-            pad_id = next((i for i in (ids["pad_token"], default_pad, eos_id) if i is not None), None)
+            known = (ids["pad_token"], default_pad, eos_id, model.get("pad_token_id"))
+            pad_id = next((i for i in known if i is not None), None)
         if pad_id is None:
             raise UserError(f"{folder} does not say what to pad with: give pad_id")
         if length is None:
@@ -292,7 +298,7 @@ class Tokenizer:
         return cls(backend, length=length, pad_id=0, bos_id=vocabulary["<bos>"], eos_id=vocabulary["<eos>"])
 
     @classmethod
-    def train_bpe(cls, texts: Iterable[str], length: int, vocab_size: int) -> Self:
+    def train_bpe(cls, texts: Iterable[str], length: int, vocab_size: int, *, start: bool = False) -> Self:
         """A byte-level BPE that keeps case and spaces (GPT-2's), whose merges are learned from texts.
 
         Ids: `<pad>` 0, `</s>` 1, which ends a text, then the bytes and the merges. Any text can be written with it.
@@ -301,11 +307,12 @@ class Tokenizer:
             texts: to learn from.
             length: T, at least 2.
             vocab_size: at most so many ids; fewer where the texts have no more pairs that occur twice.
+            start: whether `<s>`, id 2, begins every text, for encoders that are read through their first token.
 
         Raises:
             ValueError: a vocabulary without room for the bytes, or a length out of range.
         """
-        special = ["<pad>", "</s>"]
+        special = ["<pad>", "</s>", *(["<s>"] if start else [])]
         if vocab_size < (least := 256 + len(special)):
             raise ValueError(f"vocab_size={vocab_size}: must be at least {least}")
         backend = Backend(models.BPE())
@@ -318,8 +325,8 @@ class Tokenizer:
             show_progress=False,
         )
         backend.train_from_iterator(texts, trainer)
-        _frame(backend, None, special[1])
-        return cls(backend, length=length, pad_id=0, eos_id=1)
+        _frame(backend, "<s>" if start else None, "</s>")
+        return cls(backend, length=length, pad_id=0, eos_id=1, bos_id=2 if start else None)
 
     def save(self, folder: str | Path) -> None:
         """Writes `tokenizer.json` and `tokenizer_config.json`, which `load` and transformers read to the same ids."""
@@ -424,6 +431,25 @@ def _gpt2(vocabulary: dict[str, int], merges: list[tuple[str, str]], special: li
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in dict.fromkeys(special)])
+    return backend
+
+
+def _wordpiece(path: Path, settings: Mapping[str, Any]) -> Backend:
+    """BERT's, from one piece a line."""
+    pieces = [line.rstrip("\r") for line in path.read_text("utf-8").removesuffix("\n").split("\n")]
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    if missing := [token for token in ("[UNK]", "[CLS]", "[SEP]", "[PAD]") if token not in vocabulary]:
+        raise UserError(f"{path} lacks {', '.join(missing)}")
+    backend = Backend(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer(
+        lowercase=settings.get("do_lower_case", True),
+        strip_accents=settings.get("strip_accents"),
+        handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
+    )
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+    special = [token for token in ("[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]") if token in vocabulary]
+    backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
+    _frame(backend, "[CLS]", "[SEP]")
     return backend
 
 
