@@ -201,7 +201,7 @@ class Weave:
         pieces = [[piece for piece in part if piece.count] for part in both]
         return [part for part in pieces if part]
 
-    def local(self, cfg: DecoderConfig) -> DecoderConfig:
+    def of_device(self, cfg: DecoderConfig) -> DecoderConfig:
         """The decoder that one device has.
 
         Raises:
@@ -237,7 +237,7 @@ class WovenDecoder(Decoder):
 
     def __init__(self, decoder: Decoder, how: Weave):
         cfg, self.weave = decoder.cfg, how
-        how.local(cfg)
+        how.of_device(cfg)
         self.cfg = cfg
         graph, state = nnx.split(decoder)
         params = jax.tree.map_with_path(lambda path, x: _apart(cfg, path, x), nnx.to_pure_dict(state))
@@ -312,7 +312,7 @@ class WovenDecoder(Decoder):
 
     def _local(self, params: PyTree) -> Decoder:
         """The decoder of this device; what leads back from heads and MLP gives partial sums."""
-        graph = nnx.split(skeleton(Decoder, self.weave.local(self.cfg)))[0]
+        graph = nnx.split(skeleton(Decoder, self.weave.of_device(self.cfg)))[0]
         first = jax.lax.axis_index(self.weave.axis) == 0
 
         def one(path: tuple[Any, ...], x: Array) -> Array:
