@@ -143,3 +143,18 @@ def test_mrt5(kernel, tmp_path):
     for text, written in re.findall(r"(\S+) -> (\S+)", text_of(cells["generate"])):
         assert len(text) >= len(written) > 12 and text[:3] == written[:3]
     assert re.search(r"[\d.]+ times faster, with \d+% of the token slots", text_of(cells["speed"]))
+
+
+def test_decoder(kernel, tmp_path):
+    cells = run("decoder", kernel, tmp_path)
+    written = text_of(cells["generate"])
+    assert written.startswith("Last summer, my") and len(written.split()) > 8
+    assert len(pictures_of(cells["keep"])) == 1
+    rows = re.findall(r"\| ([\w ()]+) \| ([\d.]+) \| [\d.]+ \| ([\d.]+) \| ([\d.]+) \|", text_of(cells["cost"]))
+    assert [name for name, *_ in rows][:2] == ["unreduced", "SnapKV"] and len(rows) == 6
+    (_, whole, *ones), *others = [(name, *map(float, numbers)) for name, *numbers in rows]
+    assert ones == [1, 1] and whole < 10
+    for name, perplexity, cache, macs in others:
+        assert perplexity > 0.95 * whole and abs(cache - 0.5) < 0.06 and (macs < 0.9) == (name == "FastV")
+    speeds = re.findall(r"([\d.]+)x", text_of(cells["speed"]))
+    assert len(speeds) == 6 and speeds[:2] == ["1.00", "1.00"] and float(speeds[4]) > 1.1

@@ -408,19 +408,24 @@ class CausalLM(Experiment):
             report.append_jsonl(self.workdir / RESULTS, {"mode": "bench", **row, **timing.device_summary()})
         report.print_table(rows, ["method"], extra=["batch", *TIMES], group="batch")
 
-    def timed_rows(self, models: Mapping[str, api.Model]) -> list[dict[str, Any]]:
+    def timed_rows(
+        self, models: Mapping[str, api.Model], length: int | None = None, room: int | None = None
+    ) -> list[dict[str, Any]]:
         """Milliseconds of reading a batch of prompts and of a step behind it, and speed-ups over the first model.
 
         All in one run, interleaved. A step is the mean over the tokens that there is room for.
 
         Args:
             models: by label.
+            length: P, of prompts of random tokens; None: test prompts.
+            room: G, of tokens behind them; None: as in the tests.
         """
-        config, rows = self.config.bench, []
-        room = self.config.data.length - self.config.data.prompt
+        config, rows, data = self.config.bench, [], self.config.data
+        room = data.length - data.prompt if room is None else room
         first = next(iter(models))
         for batch in config.batch_sizes:
-            ids, runs = jnp.asarray(self.prompts(batch)), {}
+            given = self.prompts(batch) if length is None else _random(batch, length, models[first].config.vocab_size)
+            ids, runs = jnp.asarray(given), {}
             tokens = jnp.broadcast_to(ids[:, :1], (batch, room))
             for label, model in models.items():
                 read = jax.jit(functools.partial(model.prefill, capacity=room))
@@ -472,6 +477,10 @@ class CausalLM(Experiment):
         return [
             (str(i), [decode([token]) for token in row], own) for i, row, own in zip(chosen, ids, share, strict=True)
         ]
+
+
+def _random(batch: int, length: int, vocabulary: int) -> Int[np.ndarray, "B P"]:
+    return np.random.default_rng(0).integers(0, vocabulary, (batch, length)).astype(np.int32)
 
 
 def _logits(read: Callable[..., Any], params: PyTree, ids: Array) -> Array:
