@@ -77,6 +77,7 @@ def whole(reduced, side="right"):
 
 
 def test_all_blocks_are_the_model_itself():
+    assert SwiftKV(layer=5.0) == SwiftKV(layer=5)
     for settings in ({"layer": 6}, {"layer": 1.0}, {"layer": 6, "group": 3}):
         same = tokjax.reduce(model(), "swiftkv", **settings)
         assert same.config == CONFIG and not same.hooks

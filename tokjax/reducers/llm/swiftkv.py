@@ -33,8 +33,8 @@ class SwiftKV:
     """Prefill that ends at `layer` for all tokens but the last.
 
     Attributes:
-        layer: K, of blocks that all tokens pass; a float is a share of the model's. Published: 0.5 for LLaMA 3.1, 0.75
-            for Qwen2.5. All of them: the model stays as it is.
+        layer: K, of blocks that all tokens pass; a float up to 1 is a share of the model's. Published: 0.5 for LLaMA
+            3.1, 0.75 for Qwen2.5. All of them: the model stays as it is.
         group: G, so many later blocks share keys and values; published: 1. The cache then has K + (L - K) / G buffers.
         shares: shared projections begin as the mean of those of their blocks; "reference" divides by G even where a
             last group has fewer blocks, as the published code does.
@@ -48,6 +48,8 @@ class SwiftKV:
     shares: Literal["mean", "reference"] = "mean"
 
     def __post_init__(self):
+        if self.layer > 1 and float(self.layer).is_integer():  # a config whose default is a share makes floats of blocks
+            object.__setattr__(self, "layer", int(self.layer))
         if isinstance(self.layer, float) and not 0 <= self.layer <= 1:
             raise ValueError(f"layer={self.layer}: must be in [0, 1] as a share, or a number of blocks")
         if self.layer < 0:
