@@ -20,8 +20,9 @@ A call without a cache is what it was. Reducers that take tokens out between the
 behind these, which score the tokens that the attention had.
 """
 
+from collections.abc import Callable
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,8 @@ from tokjax.hooks import Hook, ModelInfo
 from tokjax.signals import Signals, attention_rows, column_sum, last_slots
 from tokjax.token_map import Plan
 from tokjax.tokens import Tokens
+
+Count = Callable[[int], int]  # of a row's number of tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +62,8 @@ class Eviction:
             raise ValueError(f"kept={self.kept}: must be at least 1")
 
     def hooks(self, info: ModelInfo) -> list[Hook]:
-        """
+        """What is noted while the prompt is read, and the eviction behind it.
+
         Raises:
             ValueError: a model without a cache.
         """
@@ -70,7 +74,7 @@ class Eviction:
         return [*self.watching(info), Hook("after_prefill", 0, self, "evict")]
 
     def watching(self, info: ModelInfo) -> list[Hook]:
-        """What must be noted while the prompt is read, or counted later."""
+        """Hooks beside the eviction: what notes scores while the prompt is read, or counts in later steps."""
         return []
 
     def count(self, tokens: int) -> int:
@@ -126,7 +130,7 @@ def places(group: Group) -> Int[Array, "B *K P"]:
     return jnp.argsort(in_text, axis=-1, stable=True)
 
 
-def ranked(group: Group, score: Float[Array, "B *K P"], recent: Any) -> Int[Array, "B *K P"]:
+def ranked(group: Group, score: Float[Array, "B *K P"], recent: Count) -> Int[Array, "B *K P"]:
     """Slots of the prompt: the last `recent(n)` of n tokens, then by falling score, empty ones at the end.
 
     Of equal scores the lower slot comes first.
@@ -137,12 +141,12 @@ def ranked(group: Group, score: Float[Array, "B *K P"], recent: Any) -> Int[Arra
     return jnp.argsort(-worth, axis=-1, stable=True)
 
 
-def _window(group: Group, recent: Any, ndim: int) -> Int[Array, "B *K 1"]:
+def _window(group: Group, recent: Count, ndim: int) -> Int[Array, "B *K 1"]:
     """The place at which the window starts."""
     return _of_counts(lambda n: n - recent(n), group, ndim)
 
 
-def _of_counts(count: Any, group: Group, ndim: int) -> Int[Array, "B *K 1"]:
+def _of_counts(count: Count, group: Group, ndim: int) -> Int[Array, "B *K 1"]:
     """A function of a row's number of prompt tokens, exact, as it is of integers in Python."""
     table = jnp.asarray([count(n) for n in range(group.prompt + 1)], jnp.int32)
     return _headed(table[group.valid[..., : group.prompt].sum(-1, keepdims=True)], ndim)
@@ -360,16 +364,19 @@ class RandomCache(Windowed):
         return [Hook("input", 0, self, "note")]
 
     def note(self, tokens: Tokens, signals: Signals) -> Plan:
-        """Keeps the keys of the rows until the cache is there."""
-        return Plan(aux={"key": jax.random.key_data(signals.context.row_keys(tokens.batch, 0, self.seed))})
+        """Keeps a draw of every row until the cache is there."""
+        keys = signals.context.row_keys(tokens.batch, 0, self.seed)
+        return Plan(aux={"seed": jax.vmap(jax.random.bits)(keys)})
 
     def score(self, cache: Cache, group: int, tokens: Tokens) -> Float[Array, "B *K P"]:
-        one, key = cache.groups[group], tokens.aux[f"00.input.{type(self).__name__}"]["key"]
-        shape = (one.prompt, one.keys[0].shape[1] if self.per_head or one.per_head else 1)
-        keys = jax.vmap(jax.random.fold_in, (0, None))(jax.random.wrap_key_data(key), _layers(cache, group)[0])
-        draws = jnp.moveaxis(jax.vmap(lambda key: jax.random.uniform(key, shape))(keys), 1, 2)
-        draws = draws if shape[1] > 1 or self.per_head or one.per_head else draws[:, 0]
-        return jnp.take_along_axis(draws, _headed(places(one), draws.ndim), -1)  # number i is for token i of its row
+        one, layer, seeds = cache.groups[group], _layers(cache, group)[0], tokens.aux[f"00.input.{type(self).__name__}"]
+        heads = (one.keys[0].shape[1],) if self.per_head or one.per_head else ()
+
+        def draw(seed: Array) -> Array:  # number i of a head is for token i of the row
+            return jax.random.uniform(jax.random.fold_in(jax.random.key(seed), layer), (one.prompt, *heads)).T
+
+        draws = jax.vmap(draw)(seeds["seed"])
+        return jnp.take_along_axis(draws, _headed(places(one), draws.ndim), -1)
 
 
 def _check_bounded(bounded: bool, kept: int | None) -> None:
