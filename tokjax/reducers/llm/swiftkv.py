@@ -48,7 +48,8 @@ class SwiftKV:
     shares: Literal["mean", "reference"] = "mean"
 
     def __post_init__(self):
-        if self.layer > 1 and float(self.layer).is_integer():  # a config whose default is a share makes floats of blocks
+        # A config whose default is a share makes floats of numbers of blocks too.
+        if self.layer > 1 and float(self.layer).is_integer():
             object.__setattr__(self, "layer", int(self.layer))
         if isinstance(self.layer, float) and not 0 <= self.layer <= 1:
             raise ValueError(f"layer={self.layer}: must be in [0, 1] as a share, or a number of blocks")
