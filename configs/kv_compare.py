@@ -24,7 +24,7 @@ METHODS = (
     {"name": "recency_cache", "label": "the last tokens", "settings": {}},
     {"name": "random_cache", "label": "random tokens", "settings": {}},
     {"name": "fastv", "label": "FastV", "settings": {"layer": 1}},
-    {"name": "prompt_merging", "label": "prompt merging", "settings": {}},
+    {"name": "prompt_merging", "label": "prompt merging", "settings": {"layers": (1, 2)}},
 )
 
 

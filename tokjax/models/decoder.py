@@ -106,6 +106,7 @@ class DecoderConfig:
         kv_group: so many neighbours of those share keys and values.
         rotate: whether the cache holds rotated keys ("write"), or keys that are rotated wherever they are read, so that
             they can be merged and moved.
+        init_std: of weights before training; of those that end a branch divided by the root of all branches (GPT-2).
         dtype: of activations and cache; parameters stay float32.
         scan: blocks stored stacked, long equal runs scanned at prefill. A step, whose blocks are unrolled, works on
             copies of their weights.
@@ -152,6 +153,7 @@ class DecoderConfig:
     kv_layers: int | None = None
     kv_group: int = 1
     rotate: kv.Rotate = "write"
+    init_std: float = 0.02
     dtype: str = "float32"
     scan: bool = False
     attention: Literal["xla", "cudnn"] = "xla"
@@ -182,7 +184,7 @@ class DecoderConfig:
             raise ValueError(f"head_width={self.head_width}: must be even for position='rope'")
         if self.position == "learned" and self.rotate == "read":
             raise ValueError("rotate='read': needs position='rope'")
-        for name in ("norm_eps", "rope_base", "rope_factor", "rope_low", "rope_high"):
+        for name in ("norm_eps", "rope_base", "rope_factor", "rope_low", "rope_high", "init_std"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)}: must be above 0 and finite")
         if self.rope_scaling == "llama3" and self.rope_high <= self.rope_low:
@@ -523,7 +525,7 @@ def _linear(
     cfg: DecoderConfig, inputs: int, outputs: int, bias: bool, rngs: nnx.Rngs, last: bool = False
 ) -> nnx.Linear:
     """`last`: of a residual branch, whose weights are smaller, so that the stream stays of order 1 (GPT-2)."""
-    init = nnx.initializers.normal(0.02 * (2 * cfg.depth) ** -0.5 if last else 0.02)
+    init = nnx.initializers.normal(cfg.init_std * (2 * cfg.depth) ** -0.5 if last else cfg.init_std)
     return layers.linear(inputs, outputs, bias=bias, dtype=cfg.dtype, rngs=rngs, init=init)
 
 
@@ -533,7 +535,7 @@ class DecoderBlock(Block):
     def __init__(self, cfg: DecoderConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
         self.norm1, self.norm2, self.attn = _norm(cfg, rngs), _norm(cfg, rngs), Attention(cfg, rngs=rngs)
-        inits = nnx.initializers.normal(0.02), nnx.initializers.normal(0.02 * (2 * cfg.depth) ** -0.5)
+        inits = nnx.initializers.normal(cfg.init_std), nnx.initializers.normal(cfg.init_std * (2 * cfg.depth) ** -0.5)
         self.mlp = layers.Mlp(
             cfg.width, cfg.hidden, cfg.feed, bias=cfg.mlp_bias, dtype=cfg.dtype, init=inits, rngs=rngs
         )
@@ -562,7 +564,7 @@ class Decoder(Blocks):
 
     def __init__(self, cfg: DecoderConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
-        wide, init = cfg.embed_width or cfg.width, nnx.initializers.normal(0.02)
+        wide, init = cfg.embed_width or cfg.width, nnx.initializers.normal(cfg.init_std)
         self.embedding = nnx.Param(init(rngs.params(), (cfg.vocab_size, wide)))
         if cfg.embed_width is not None:
             self.project_in = _linear(cfg, wide, cfg.width, False, rngs)
