@@ -132,6 +132,20 @@ def test_bad_training(cli, tmp_path, name):
     assert not (tmp_path / "run").exists()
 
 
+BAD_TEXTS = {
+    "no file": ("train", ["--config.data.path=gone/away.txt"], ["gone/away.txt"]),
+    "vocabulary": ("train", ["--config.vocabulary.kind=words"], ["kind='words'", "bpe, bytes"]),
+    "prompt": ("train", ["--config.data.prompt=80"], ["prompt=80", "length=80"]),
+    "no model": ("generate", [], ["holds no model", "--mode=train"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TEXTS)
+def test_bad_texts(cli, name):
+    mode, args, words = BAD_TEXTS[name]
+    assert_refused(cli(f"--config={ROOT / 'configs' / 'decoder_text.py'}:tiny", f"--mode={mode}", *args), *words)
+
+
 @pytest.mark.parametrize("mode", ["eval", "sweep", "viz"])
 def test_workdir_without_a_model(cli, mode):
     assert_refused(cli(DIGITS, f"--mode={mode}", "--workdir=empty"), "empty holds no model", "--mode=train", "init")

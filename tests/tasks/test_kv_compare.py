@@ -104,6 +104,9 @@ def test_what_cannot_be(start, tmp_path):
     config = decoder(**SIZES, init=str(start), **{"distil.on": True})
     with pytest.raises(UserError, match=r"distil\.on=True: needs config\.reduce\.name='swiftkv', got ''"):
         CausalLM(config, tmp_path, "").run("train")
+    config.reduce = ml_collections.ConfigDict({"name": "swiftkv", "layer": 3})
+    with pytest.raises(UserError, match="leaves all 3 blocks as they are"):
+        CausalLM(config, tmp_path, "").run("train")
 
 
 def test_configs():

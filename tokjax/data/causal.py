@@ -133,7 +133,6 @@ class Facts(Task):
         self._asked = _ids(tokenizer, [f" {word}=" for word in words])
         self._answers = _ids(tokenizer, [f" {word};" for word in words])
         asked, answer = (max(map(len, pieces)) for pieces in (self._asked, self._answers))
-        self.answer_length = answer
         end = length + 1 if prompt is None else prompt
         most = (facts + questions) * (asked + answer) - (0 if prompt is None else answer)
         if most >= end:

@@ -230,7 +230,9 @@ class CausalLM(Experiment):
                 f"config.distil.on=True: needs config.reduce.name='swiftkv', got {name!r}, and a model in config.init"
             )
         model = self.fresh()
-        frozen = *(f"model/{pattern}" for pattern in swiftkv.frozen(model.config.kv_layers)), f"{TEACHER}/.*"
+        if (layer := model.config.kv_layers) is None:
+            raise UserError(f"config.reduce={self.reduction()[1]}: leaves all {model.config.depth} blocks as they are")
+        frozen = *(f"model/{pattern}" for pattern in swiftkv.frozen(layer)), f"{TEACHER}/.*"
         data = self.loader("train", train=True)
         self.fit(model, data, self.distillation(model), self.evaluation(model), frozen=frozen)
 
