@@ -1,5 +1,6 @@
 """The command line: python -m tokjax.main --config=configs/digits.py --workdir=runs/digits"""
 
+import contextlib
 import os
 from pathlib import Path
 import shlex
@@ -7,15 +8,20 @@ import sys
 import traceback
 
 from absl import app, flags, logging
+import jax
 from ml_collections import config_flags
 
-from tokjax import tasks
+from tokjax import parallel, tasks
 from tokjax.errors import UserError
 
 FLAGS = flags.FLAGS
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file with get_config(), such as configs/digits.py.")
 WORKDIR = flags.DEFINE_string("workdir", "", "Where checkpoints, results and pictures go; runs/NAME by default.")
 MODE = flags.DEFINE_enum("mode", None, tasks.MODES, "What to do; the config's mode by default.")
+COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT where several processes meet, on process 0.")
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.")
+POD = flags.DEFINE_bool("pod", False, "Several processes, one on every host of a Cloud TPU slice.")
 LIST = flags.DEFINE_bool("list", False, "Print every registered reducer and leave.")
 
 
@@ -47,7 +53,13 @@ def main(argv: list[str]) -> None:
     command = shlex.join(["python", "-m", "tokjax.main", *sys.argv[1:]])
     if not FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # checkpoints tell much that is of no use here
-    tasks.make(CONFIG.value, workdir, command).run(MODE.value or CONFIG.value.get("mode", "all"))
+    parallel.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value, pod=POD.value)
+    with contextlib.ExitStack() as stack:
+        if jax.process_index():  # one tells what happens, all tell what is wrong
+            nowhere = stack.enter_context(Path(os.devnull).open("w"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+        tasks.make(CONFIG.value, workdir, command).run(MODE.value or CONFIG.value.get("mode", "all"))
+    parallel.finish()
 
 
 def run() -> None:
@@ -56,7 +68,12 @@ def run() -> None:
         argv = _parsed(sys.argv)
         app.run(main, argv=argv, flags_parser=lambda args: args)
     except UserError as error:
-        sys.exit(_fail(error))
+        parallel.leave(_fail(error))
+    except Exception:
+        if not parallel.several():
+            raise
+        traceback.print_exc()
+        parallel.leave(1)
 
 
 def _fail(error: Exception) -> int:

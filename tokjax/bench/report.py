@@ -32,6 +32,7 @@ import sys
 from typing import IO, Any
 import warnings
 
+import jax
 from matplotlib.figure import Figure
 import numpy as np
 
@@ -49,7 +50,7 @@ def append_jsonl(path: str | Path, row: Row) -> None:
 
     Numpy and jax scalars and arrays become plain numbers and lists; NaN and infinities become null. The line goes out
     in a single write under a lock, so several processes may append to one file. If a process was killed in the middle
-    of the last line, that line is cut off first, with a warning.
+    of the last line, that line is cut off first, with a warning. Of the processes of one job only the first writes.
 
     Raises:
         ValueError: `row` is no mapping, or holds something that JSON has no word for.
@@ -57,6 +58,8 @@ def append_jsonl(path: str | Path, row: Row) -> None:
     if not isinstance(row, Mapping):
         raise ValueError(f"row must be a mapping from names to values, got {type(row).__name__}")
     line = (json.dumps(plain(row), allow_nan=False, ensure_ascii=False) + "\n").encode()
+    if jax.process_index():
+        return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b", buffering=0) as file, _locked(file):

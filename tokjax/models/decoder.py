@@ -453,7 +453,7 @@ class Attention(nnx.Module):
 
     def pairs(self, x: Float[Array, "B N C"]) -> tuple[Float[Array, "B N K D"], Float[Array, "B N K D"]]:
         """Keys, not rotated, and values."""
-        key, value = jnp.moveaxis(self.kv(x).reshape(*x.shape[:2], 2, self.cfg.kv_heads, -1), 2, 0)
+        key, value = layers.by_heads(self.kv, x, 2, self.cfg.kv_heads)
         return key, value
 
     def signals(self, x: Float[Array, "B N C"], tokens: Tokens, context: Context) -> Inside:

@@ -120,6 +120,29 @@ def linear(inputs: int, outputs: int, *, bias: bool, dtype: str, rngs: nnx.Rngs,
     return nnx.Linear(inputs, outputs, use_bias=bias, dtype=jnp.dtype(dtype), kernel_init=init, rngs=rngs)
 
 
+def by_heads(
+    layer: nnx.Linear, x: Float[Array, "B N C"], parts: int, heads: int, bias: Array | None = None
+) -> tuple[Float[Array, "B N H D"], ...]:
+    """What a dense layer gives that makes queries, keys and values, or some of them, part by part and head by head.
+
+    The kernel is what is reshaped: a compiler that splits heads over devices takes its columns where they lie, while
+    results side by side would have to be sent around.
+
+    Args:
+        layer: of parts * H * D outputs.
+        x: its input.
+        parts: how many.
+        heads: H, of every part.
+        bias: in place of the layer's own.
+    """
+    own = nnx.to_pure_dict(nnx.state(layer, nnx.Param))
+    kernel, bias = own["kernel"].astype(layer.dtype), own.get("bias") if bias is None else bias
+    kernel = kernel.reshape(x.shape[-1], parts, heads, -1)
+    out = jax.lax.dot_general(x.astype(layer.dtype), kernel, (((2,), (0,)), ((), ())))
+    out = out if bias is None else out + bias.astype(out.dtype).reshape(kernel.shape[1:])
+    return tuple(out[:, :, i] for i in range(parts))
+
+
 class LayerScale(nnx.Module):
     """A learned factor for every channel of a residual branch (Touvron et al. 2021, CaiT)."""
 

@@ -286,7 +286,7 @@ class Attention(nnx.Module):
 
     def project(self, x: Float[Array, "B N C"]) -> tuple[Float[Array, "B N H D"], ...]:
         """Queries, keys and values."""
-        return tuple(jnp.moveaxis(self.qkv(x).reshape(*x.shape[:2], 3, self.heads, -1), 2, 0))
+        return layers.by_heads(self.qkv, x, 3, self.heads)
 
     def signals(self, x: Float[Array, "B N C"], tokens: Tokens, context: Context) -> Signals:
         """What attention works on; `context.relative` is the stack's `Relative`."""
@@ -319,7 +319,7 @@ class CrossAttention(nnx.Module):
 
     def project(self, memory: Float[Array, "B N C"]) -> tuple[Float[Array, "B N H D"], ...]:
         """Keys and values."""
-        return tuple(jnp.moveaxis(self.kv(memory).reshape(*memory.shape[:2], 2, self.heads, -1), 2, 0))
+        return layers.by_heads(self.kv, memory, 2, self.heads)
 
     def signals(
         self,

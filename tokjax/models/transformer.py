@@ -115,25 +115,23 @@ class Attention(nnx.Module):
             tokens: their sizes, positions, masks and gates.
             context: what lies outside of the block.
         """
-        b, n, c = x.shape
-        d = c // self.heads
-        qkv = self.qkv(x)
+        bias = None
         if self.keyless:
             q_bias, v_bias = jnp.split(self.qv_bias[...], 2)
-            qkv += jnp.concatenate([q_bias, jnp.zeros_like(q_bias), v_bias]).astype(qkv.dtype)
-        q, k, v = jnp.moveaxis(qkv.reshape(b, n, 3, self.heads, d), 2, 0)
+            bias = jnp.concatenate([q_bias, jnp.zeros_like(q_bias), v_bias])
+        q, k, v = layers.by_heads(self.qkv, x, 3, self.heads, bias)
         if self.qk_norm:
             q, k = self.q_norm(q).astype(v.dtype), self.k_norm(k).astype(v.dtype)
         if self.rope is not None:
             assert tokens.position is not None and context.grid is not None
             q, k = layers.rope_2d((q, k), tokens.position, context.grid, self.rope)
-        bias = tokens.attention_bias()
-        bias = None if bias is None else bias[:, None, None]
+        on_keys = tokens.attention_bias()
+        on_keys = None if on_keys is None else on_keys[:, None, None]
         # By true position where there is one: reducers may change the order.
         ordered = self.causal and tokens.position is not None
         pairs = pair_mask(tokens.position if ordered else None, tokens.segment)
-        rule = AttentionRule(scale=d**-0.5, causal=self.causal and not ordered)
-        return Signals(q, k, v, bias, context=context, rule=rule, pair_bias=pairs)
+        rule = AttentionRule(scale=q.shape[-1] ** -0.5, causal=self.causal and not ordered)
+        return Signals(q, k, v, on_keys, context=context, rule=rule, pair_bias=pairs)
 
     def __call__(self, signals: Signals) -> Float[Array, "B N C"]:
         out = layers.attention(signals, self.implementation)

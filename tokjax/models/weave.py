@@ -44,7 +44,6 @@ import numpy as np
 
 from tokjax import cache as kv
 from tokjax import hooks as hk
-from tokjax import parallel
 from tokjax.cache import Cache, Kept
 from tokjax.models import layers
 from tokjax.models.decoder import Decoder, DecoderConfig, Inside, by_head, rms, rotate, turns, visible_pairs
@@ -187,7 +186,7 @@ class Weave:
     @property
     def rows(self) -> str | None:
         """The axis over which rows are split."""
-        return parallel.AXIS if parallel.AXIS in self.mesh.axis_names else None
+        return "data" if "data" in self.mesh.axis_names else None
 
     def parts(self, batch: int, length: int) -> list[list[Piece]]:
         """The one or two parts of a batch, each of whole rows and perhaps a piece of one."""

@@ -86,6 +86,7 @@ class ByteLM(Experiment):
 
     modes: ClassVar[tuple[str, ...]] = ("train", "eval", "bench", "viz")
     metrics = ("bits_per_byte", "sequence_accuracy", "deleted")
+    shared = ("train", "eval")
 
     @property
     def steps(self) -> tuple[str, ...]:
@@ -127,8 +128,7 @@ class ByteLM(Experiment):
 
     def loader(self, split: str, *, train: bool) -> Any:
         config = self.config
-        size = config.batch_size if train else config.eval_batch_size
-        return text.make(config.data, split, batch_size=size, train=train, seed=config.seed if train else 0)
+        return text.make(config.data, split, **self.share(train), train=train, seed=config.seed if train else 0)
 
     def test_loader(self) -> Any:
         return self.evaluation_loader("test")
@@ -188,16 +188,20 @@ class ByteLM(Experiment):
             out = model.forward(own, inputs, key=keys, train=True)
             there = (inputs.ids != model.config.pad_id).sum(1)
             counts = {"tokens": there, "deleted": jnp.zeros_like(there), **noted(out)}
-            return {"logits": out.logits, "terms": losses(out.tokens.aux), "counts": counts}
+            terms = losses(out.tokens.aux)
+            if STEERED in terms:  # a mean over tokens, of which the parts of several devices have different numbers
+                terms[STEERED] *= there
+            return {"logits": out.logits, "terms": terms, "counts": counts, "there": there}
 
-        run = parallel.by_rows(forward, self.mesh)
+        run = self.by_rows(forward)
 
         def loss(params, batch, key, weight=1.0):
             valid = batch["valid"]
             ran = run(params, self.inputs(model, batch), parallel.row_keys(key, len(valid)))
             terms = {"cross_entropy": target_loss(ran["logits"], batch["labels"])}
             for name, value in ran["terms"].items():
-                terms[name] = value.mean() * (weight if name == STEERED else 1.0)
+                steered = name == STEERED
+                terms[name] = weight * value.sum() / jnp.maximum(ran["there"].sum(), 1) if steered else value.mean()
             counts = {name: jnp.where(valid, value, 0).sum() for name, value in ran["counts"].items()}
             return sum(terms.values()), {**{f"loss/{name}": value for name, value in terms.items()}, **counts}
 
@@ -224,8 +228,10 @@ class ByteLM(Experiment):
         groups, rows = self.test_loader().groups, []
         by_class: Any = 0
         for batch in batches:
-            valid, arrays = batch["valid"], {k: v for k, v in batch.items() if k in ("ids", "decoder_ids", "labels")}
-            out = jax.device_get(read(params, arrays))
+            placed = self.placed(batch)
+            arrays = {name: placed[name] for name in ("ids", "decoder_ids", "labels")}
+            out, batch = parallel.fetch((read(params, arrays), placed))
+            valid = batch["valid"]
             by_class += measures.deletion_counts(
                 batch["ids"][valid], out["kept"][valid], batch["group"][valid], len(groups)
             )

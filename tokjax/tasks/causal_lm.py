@@ -98,6 +98,7 @@ class CausalLM(Experiment):
 
     modes: ClassVar[tuple[str, ...]] = ("train", "eval", "generate", "bench", "viz")
     metrics = ("bits_per_byte", "perplexity", "retrieval")
+    shared = ("train",)
 
     @property
     def steps(self) -> tuple[str, ...]:
@@ -193,7 +194,7 @@ class CausalLM(Experiment):
             split,
             self.tokenizer,
             eos_id=self.eos_id,
-            batch_size=config.batch_size if train else config.eval_batch_size,
+            **self.share(train),
             train=train,
             seed=config.seed if train else 0,
         )
@@ -258,7 +259,7 @@ class CausalLM(Experiment):
             features = out.states[-2].x, told.states[-2].x
             return swift_kv(out.logits, told.logits, *features, temperature=config.temperature)[1]
 
-        run = parallel.by_rows(forward, self.mesh)
+        run = self.by_rows(forward)
 
         def loss(params, batch, key):
             terms = run(params, batch["ids"], parallel.row_keys(key, len(batch["ids"])))
@@ -274,7 +275,7 @@ class CausalLM(Experiment):
             ids, labels = inputs
             return scored(model.forward(params, ids, key=keys, train=True).logits, labels)
 
-        run = parallel.by_rows(forward, self.mesh)
+        run = self.by_rows(forward)
 
         def loss(params, batch, key):
             own = {name: params[name] for name in model.params}
@@ -317,9 +318,12 @@ class CausalLM(Experiment):
         """Nats, count, whether all was right, and group of every valid row."""
         rows = []
         for batch in batches:
-            found = jax.device_get(read(params, {name: batch[name] for name in ("ids", "labels")}))
-            columns = found["nats"], found["count"], found["right"], batch["group"]
-            rows.append(np.stack([np.asarray(column, np.float64) for column in columns], 1)[batch["valid"]])
+            placed = self.placed(batch)
+            found, group, valid = parallel.fetch(
+                (read(params, {name: placed[name] for name in ("ids", "labels")}), placed["group"], placed["valid"])
+            )
+            columns = found["nats"], found["count"], found["right"], group
+            rows.append(np.stack([np.asarray(column, np.float64) for column in columns], 1)[valid])
         return np.concatenate(rows)
 
     def summary(self, rows: Float[np.ndarray, "n 4"]) -> dict[str, Any]:

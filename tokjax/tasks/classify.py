@@ -28,6 +28,7 @@ class Classify(Experiment):
     """Top-1 accuracy of a ViT's head, whatever it pools: CLS, a mean, an attention pool."""
 
     metrics = ("accuracy", "agreement")
+    shared = ("train", "eval")
 
     def outputs(self) -> int:
         return self.test_loader().source.num_classes
@@ -50,7 +51,7 @@ class Classify(Experiment):
         def logits(params, inputs, keys):
             return model.forward(params, inputs, key=keys, train=True).logits
 
-        run = parallel.by_rows(logits, self.mesh)
+        run = self.by_rows(logits)
 
         def loss(params, batch, key):
             found = run(params, self.inputs(model, batch), parallel.row_keys(key, len(batch["label"])))
@@ -71,7 +72,7 @@ class Classify(Experiment):
 
         def evaluate(params) -> Mapping[str, float]:
             params = self.with_parameters(model, params).params
-            correct, total, value = np.sum([jax.device_get(counts(params, dict(batch))) for batch in test], 0)
+            correct, total, value = np.sum([jax.device_get(counts(params, self.placed(batch))) for batch in test], 0)
             return {"accuracy": float(correct / total), "loss": float(value / total)}
 
         return evaluate
@@ -102,9 +103,11 @@ class Classify(Experiment):
                 "--mode=train gives it a new head"
             )
         for batch in self.batches("test", name):
-            logits = np.asarray(model(self.inputs(model, batch)))
-            predicted.append(logits.argmax(-1)[batch["valid"]])
-            labels.append(batch["label"][batch["valid"]])
+            placed = self.placed(batch)
+            found = model(self.inputs(model, placed)), placed["label"], placed["valid"]
+            logits, label, valid = parallel.fetch(found)
+            predicted.append(logits.argmax(-1)[valid])
+            labels.append(label[valid])
         return np.concatenate(predicted), np.concatenate(labels)
 
 

@@ -50,6 +50,8 @@ def common_config(task: str) -> ml_collections.ConfigDict:
     config.title = "Token reduction"
     config.seed = 0
     config.devices = 1  # over which a batch of training is split; 0: all
+    config.mesh = ""  # in place of it sizes of data, fsdp and model, as JSON: see parallel.make_mesh; it evaluates too
+    config.sharding = ()  # rules before the defaults: pairs of a regular expression and axes, see parallel.Rule
     config.batch_size = 64  # of training
     config.eval_batch_size = 128
     config.init = ""  # a checkpoint to start from: folder, file or hub id; empty: random weights
@@ -171,12 +173,14 @@ class Experiment(abc.ABC):
         metrics: columns that `evaluate` gives. The first is what tables, plots and cards show: a share in 0..1, more is
             better, of `tokjax.viz.SHARES`.
         both_towers: whether the task needs a text encoder beside the image encoder.
+        shared: modes that several processes may run together.
         pictures_a_row: after how many of an image's `pictures` the file of them goes on below.
     """
 
     modes: ClassVar[tuple[str, ...]] = ("train", "eval", "sweep", "bench", "viz")
     metrics: tuple[str, ...]
     both_towers: ClassVar[bool] = False
+    shared: ClassVar[tuple[str, ...]] = ()
     pictures_a_row: ClassVar[int] = 7
 
     def __init__(self, config: ml_collections.ConfigDict, workdir: Path, command: str):
@@ -206,6 +210,9 @@ class Experiment(abc.ABC):
         """
         if mode not in ("all", *self.modes):
             raise UserError(f"mode={mode!r}: must be one of all, {', '.join(self.modes)}")
+        if parallel.several() and mode not in self.shared:
+            can = f"mode is one of {', '.join(self.shared)}" if self.shared else "there is no such mode"
+            raise UserError(f"mode={mode!r} of task {self.config.task!r}: runs in one process; for several {can}")
         for step in self.steps if mode == "all" else (mode,):
             print(f"== {step}", flush=True)
             getattr(self, step)()
@@ -325,21 +332,64 @@ class Experiment(abc.ABC):
         checkpoints = Checkpoints(self.workdir / "checkpoints")
         if (self.finished / "config.json").is_file():
             with user_input():
-                return self._fitting(self._reduced(self._loaded(self.finished)))
+                return self.sharded(self._fitting(self._reduced(self._loaded(self.finished))))
         if checkpoints.steps():
             model = self.fresh()
-            return self.with_parameters(model, checkpoints.restore_params(self.parameters(model), "best"))
+            found = checkpoints.restore_params(self.parameters(model), "best")
+            return self.sharded(self.with_parameters(model, found))
         if self.config.init:
-            return self.fresh()
+            return self.sharded(self.fresh())
         raise UserError(
             f"{self.workdir} holds no model: train one with --mode=train, or name one with "
             f"--config.init=FOLDER_OR_HUB_ID"
         )
 
+    # Devices
+
     @functools.cached_property
     def mesh(self) -> jax.sharding.Mesh | None:
-        """Of training, over `config.devices`; None: one device."""
-        return parallel.data_mesh(self.config.devices)
+        """Of `config.mesh`, or over `config.devices`; None: one device."""
+        config = self.config
+        if not config.mesh:
+            return parallel.data_mesh(0 if parallel.several() and config.devices == 1 else config.devices)
+        if config.devices != 1:
+            raise UserError(f"config.mesh={config.mesh!r} and config.devices={config.devices}: give one of them")
+        return parallel.make_mesh(config.mesh)
+
+    @functools.cached_property
+    def rules(self) -> tuple[parallel.Rule, ...]:
+        """Of `config.sharding`."""
+        return parallel.parse(self.config.sharding)
+
+    def sharded(self, model: Model) -> Model:
+        """The model on the mesh of `config.mesh` or of several processes, where there is one."""
+        if self.mesh is None or not (self.config.mesh or parallel.several()):
+            return model
+        return parallel.shard(model, self.mesh, self.rules)
+
+    def by_rows(self, run: Callable[..., PyTree]) -> Callable[..., PyTree]:
+        """`parallel.by_rows` of the mesh, from the parameters that `parameters` gives."""
+        mesh = self.mesh
+        if mesh is None:
+            return run
+        return parallel.by_rows(run, mesh, lambda params: parallel.specs(mesh, params, self.rules))
+
+    def placed(self, batch: Mapping[str, Any]) -> Any:
+        """A batch of evaluation where `sharded` puts the model; rows are added until they divide."""
+        split = self.config.mesh or parallel.several()
+        return parallel.place(self.mesh if split else None, dict(batch), pad=True)
+
+    def share(self, train: bool) -> dict[str, Any]:
+        """What a loader is told of this process: its rows of a batch, and its share of the data.
+
+        Raises:
+            UserError: a batch of training that does not divide over the processes.
+        """
+        rows = self.config.batch_size if train else self.config.eval_batch_size
+        index, count = parallel.data_part(self.mesh)
+        if train and rows % count:
+            raise UserError(f"config.batch_size={rows}: must be a multiple of the {count} processes that read it")
+        return {"batch_size": -(-rows // count), "process_index": index, "process_count": count}
 
     # Data
 
@@ -353,7 +403,7 @@ class Experiment(abc.ABC):
         return data.make(
             self.at_size(config.data),
             split,
-            batch_size=config.batch_size if train else config.eval_batch_size,
+            **self.share(train),
             train=train,
             seed=config.seed if train else 0,
             transform=None if train else self.transform(),
@@ -492,10 +542,13 @@ class Experiment(abc.ABC):
             controller=controller,
             constrain=constrain,
             place_batch=None if mesh is None else functools.partial(parallel.place, mesh),
-            state_sharding=None if mesh is None else functools.partial(parallel.whole, mesh),
+            state_sharding=None if mesh is None else lambda state: parallel.state_shardings(mesh, state, self.rules),
         )
-        model = self.with_parameters(model, state.eval_params)
-        api.save(model, self.finished)
+        found = parallel.fetch(state.eval_params) if parallel.several() else state.eval_params
+        model = self.with_parameters(model, found)
+        if jax.process_index() == 0:
+            api.save(model, self.finished)
+        parallel.barrier("saved")
         print(f"The model is in {self.finished}", flush=True)
         return model
 
@@ -749,7 +802,7 @@ def fingerprint(model: Model) -> str:
     """A short name of a model's weights, so that results are not mixed up with those of other weights."""
     digest = hashlib.blake2b(digest_size=6)
     for leaf in jax.tree.leaves(model.params):
-        digest.update(np.asarray(leaf).tobytes())
+        digest.update(parallel.fetch(leaf).tobytes())
     return digest.hexdigest()
 
 

@@ -152,7 +152,7 @@ class TrainReducer(Classify):
     def write_tables(self, model: api.Model) -> None:
         """Counts that were searched go to `workdir/rates.json` too, which `diffrate` reads."""
         for i, method in enumerate(model.methods):
-            if hasattr(method.reducer, "write_table"):
+            if hasattr(method.reducer, "write_table") and jax.process_index() == 0:
                 method.reducer.write_table(self.workdir / RATES, model.params["reducers"][i])
                 print(f"The rates are in {self.workdir / RATES}", flush=True)
 
@@ -223,7 +223,7 @@ class TrainReducer(Classify):
                     ran["tokens"] = (*kept_tokens(out, model.info.prefix), told.features[:, model.info.prefix :])
             return ran
 
-        run = parallel.by_rows(forward, self.mesh)
+        run = self.by_rows(forward)
 
         def loss(params, batch, key):
             valid, inputs = batch["valid"], self.inputs(model, batch)

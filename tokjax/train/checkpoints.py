@@ -242,12 +242,14 @@ class Checkpoints:
         step, record = self._choose(step)
         state = self._read(step, record, target, "")
         data = record["data"]
-        if len(data) != jax.process_count():
+        if len(data) == jax.process_count():
+            return Restored(step, state, _decode(data[jax.process_index()]), record["metrics"])
+        if any(each != data[0] for each in data):
             raise UserError(
-                f"checkpoint {self.folder / str(step)} was written by {len(data)} processes; the place in the data of "
-                f"each is unknown for {jax.process_count()}"
+                f"checkpoint {self.folder / str(step)} was written by {len(data)} processes, each at another place in "
+                f"the data; the place is unknown for {jax.process_count()}"
             )
-        return Restored(step, state, _decode(data[jax.process_index()]), record["metrics"])
+        return Restored(step, state, _decode(data[0]), record["metrics"])
 
     def restore_params(
         self, target: PyTree, step: int | Literal["latest", "best"] = "latest", *, ema: bool = True

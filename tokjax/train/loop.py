@@ -94,6 +94,10 @@ class Termination:
             signal.signal(signal.SIGTERM, self._before)
 
 
+def _hosted(x: Any) -> Any:
+    return x if isinstance(x, jax.Array) and len(x.sharding.device_set) > 1 else np.asarray(x)
+
+
 def train(
     cfg: Any,
     workdir: str | Path,
@@ -185,8 +189,8 @@ def train(
             raise UserError(f"{checkpoints.folder / str(start)} does not fit train_loader: {error}") from error
     elif sharding is None:
         start, state = 0, fresh(init_params)
-    else:  # from the host's memory: every process has all the parameters, a device may have a part only
-        start, state = 0, jax.jit(fresh, out_shardings=sharding)(jax.tree.map(np.asarray, init_params))
+    else:  # from the host's memory, where they are not split already: a device may have a part only
+        start, state = 0, jax.jit(fresh, out_shardings=sharding)(jax.tree.map(_hosted, init_params))
     if start >= cfg.total_steps:
         return state
 

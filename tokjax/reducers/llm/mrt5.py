@@ -18,8 +18,9 @@ Steps:
 Terms of the loss, in the soft form only:
 - `loss/gate` []: `loss_weight` times the mean gate. Gates are negative, so that a larger weight deletes more. The mean
   is over all tokens of the batch that are no padding, as published: a row counts as much as it has tokens. Where a step
-  accumulates its gradients, or runs on several devices, each part has a mean of its own, and the parts count alike, as
-  they do in the released code. A controller (`tokjax.train.controllers`) multiplies the term by the weight that it has
+  accumulates its gradients each part has a mean of its own, and the parts count alike, as they do in the released code;
+  parts on several devices count by their tokens (`tokjax.tasks.byte_lm`), where the released code counts them alike. A
+  controller (`tokjax.train.controllers`) multiplies the term by the weight that it has
   found.
 - `loss/scores` []: `scores` times the mean over all elements of max(score, 5) - 5, averaged over the attention layers
   whose logits have the gate; scores with positional biases and padding, but without gates. Kept small, they leave the

@@ -29,9 +29,9 @@ def test_which_devices(mesh):
 def test_a_batch_is_split_and_parameters_are_not(mesh):
     batch = parallel.place(mesh, {"image": np.zeros((16, 3)), "valid": np.ones(16, bool)})
     assert batch["image"].addressable_shards[0].data.shape == (2, 3)
-    (where,) = jax.tree.leaves(parallel.whole(mesh, {"w": jnp.zeros(8)}))
+    (where,) = jax.tree.leaves(parallel.shardings(mesh, {"w": jnp.zeros(8)}))
     assert where.is_fully_replicated
-    with pytest.raises(UserError, match="batch_size=12: must be a multiple of the 8 devices"):
+    with pytest.raises(UserError, match="batch_size=12: must be a multiple of 8, the devices that split it"):
         parallel.place(mesh, {"image": np.zeros((12, 3))})
 
 
