@@ -9,7 +9,7 @@
 set -u
 count=$1
 shift
-address=127.0.0.1:$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+address=localhost:$(python -c 'import socket; s = socket.socket(); s.bind(("localhost", 0)); print(s.getsockname()[1])')
 pids=()
 for ((i = 0; i < count; i++)); do
   python -m tokjax.main --coordinator="$address" --num_processes="$count" --process_id="$i" "$@" &
