@@ -18,13 +18,14 @@ from tokjax.errors import UserError
 from tokjax.parallel import mesh as meshes
 
 ROOT = Path(__file__).parents[2]
-STEPS = 4
+STEPS = 6
 FLAGS = (
     "--config=configs/digits.py:short",
     "--mode=train",
     "--config.train.log_every=1",
     "--config.train.eval_every=2",
     "--config.train.checkpoint_every=2",
+    "--config.train.optimiser.warmup_steps=2",
     "--config.model.depth=1",
     "--config.model.width=16",
     "--config.model.heads=2",
@@ -75,33 +76,40 @@ def scores(workdir):
 
 def test_two_processes_give_the_losses_of_one_and_one_goes_on(tmp_path):
     """A mesh that splits everything over both; then the last checkpoint is damaged, and one device goes on."""
-    run(tmp_path / "one", 1, 1, steps=2 * STEPS)
-    out = run(tmp_path / "two", 2, 4, '{"data": -1, "fsdp": 2, "model": 2}', steps=STEPS)
+    one, two = tmp_path / "one", tmp_path / "two"
+    run(one, 1, 1)
+    out = run(two, 2, 4, '{"data": -1, "fsdp": 2, "model": 2}')
     assert out.count("== train") == 1, "more than one process tells what happens"
-    assert (tmp_path / "two" / "model" / "config.json").is_file()
-    whole, half = losses(tmp_path / "one"), losses(tmp_path / "two")
-    assert list(half) == list(range(1, STEPS + 1))
-    np.testing.assert_allclose(list(half.values()), [whole[step] for step in half], rtol=1e-5)
-    assert scores(tmp_path / "two") == scores(tmp_path / "one")[: STEPS // 2]
+    assert (two / "model" / "config.json").is_file()
+    assert list(losses(two)) == list(range(1, STEPS + 1))
+    np.testing.assert_allclose(list(losses(two).values()), list(losses(one).values()), rtol=1e-5)
+    assert scores(two) == scores(one)
 
-    last = tmp_path / "two" / "checkpoints" / str(STEPS)
+    last = damaged(two)
+    out = run(two, 1, 1)
+    assert f"checkpoint {last} cannot be read" in out
+    assert f"step {STEPS - 2}/{STEPS}: going on from {last.with_name(str(STEPS - 2))}" in out
+    assert list(losses(two)) == list(range(1, STEPS + 1))
+    np.testing.assert_allclose(list(losses(two).values()), list(losses(one).values()), rtol=1e-5)
+
+
+def damaged(workdir):
+    """The last checkpoint, whose largest file was cut off."""
+    last = max((workdir / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name))
     largest = max((p for p in (last / "state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:-7])
-    out = run(tmp_path / "two", 1, 1, steps=2 * STEPS)
-    assert f"checkpoint {last} cannot be read" in out
-    assert f"going on from {tmp_path / 'two' / 'checkpoints' / str(STEPS - 2)}" in out
-    found = losses(tmp_path / "two")
-    np.testing.assert_allclose(list(found.values()), list(whole.values()), rtol=1e-4)
+    return last
 
 
 @pytest.mark.long
 def test_a_killed_process_ends_all_and_others_go_on(tmp_path):
-    """SIGKILL in the middle of four processes; two go on, then one, on other meshes."""
-    steps = 60
-    process = start(tmp_path / "many", 4, 2, '{"data": -1, "fsdp": 4}', steps=steps)
+    """SIGKILL to one of four in the middle; two go on, and from a step before the end one, all on other meshes."""
+    one, many, steps = tmp_path / "one", tmp_path / "many", 40
+    run(one, 1, 1, steps=steps)
+    process = start(many, 4, 2, '{"data": -1, "fsdp": 4}', steps=steps)
     deadline = time.monotonic() + 600
     while time.monotonic() < deadline and process.poll() is None:
-        if (tmp_path / "many" / "metrics.jsonl").exists() and len(losses(tmp_path / "many")) > 5:
+        if (many / "metrics.jsonl").exists() and len(losses(many)) > 5:
             break
         time.sleep(0.05)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -109,15 +117,13 @@ def test_a_killed_process_ends_all_and_others_go_on(tmp_path):
     killed = time.monotonic()
     code, out = finish(process)
     print(f"the others ended {time.monotonic() - killed:.1f} s later, status {code}")
-    assert code != 0, out
-    reached = max(losses(tmp_path / "many"))
-    assert 5 < reached < steps
-    out = run(tmp_path / "many", 2, 2, "fsdp", steps=steps - 20)
-    assert "going on from" in out
-    out = run(tmp_path / "many", 1, 4, '{"data": 2, "model": 2}', steps=steps - 20 + 1)
-    run(tmp_path / "one", 1, 1, steps=steps - 20 + 1)
-    whole, found = losses(tmp_path / "one"), losses(tmp_path / "many")
-    assert list(found) == list(whole)
+    reached = max(losses(many))
+    assert code != 0 and 5 < reached < steps, out
+    assert "going on from" in run(many, 2, 2, "fsdp", steps=steps)
+    last = damaged(many)
+    assert f"checkpoint {last} cannot be read" in run(many, 1, 4, '{"data": 2, "model": 2}', steps=steps)
+    assert list(losses(many)) == list(range(1, steps + 1))
+    np.testing.assert_allclose(list(losses(many).values()), list(losses(one).values()), rtol=1e-4)
 
 
 @pytest.mark.parametrize(
