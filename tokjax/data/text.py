@@ -1,4 +1,4 @@
-"""Batches of texts for byte-level models: `make(config, split, ...)` opens a source and a task and returns a loader.
+"""Batches of texts, as bytes or a tokenizer's ids: `make(config, split, ...)` opens a source and returns a loader.
 
 Every field of a config stands in `default_config`. With no path it is the embedded text, so everything runs without any
 data at hand.
@@ -168,6 +168,7 @@ def make(
     process_index: int | None = None,
     process_count: int | None = None,
     num_epochs: int | None = None,
+    tokenizer: Any = None,
 ) -> TextLoader:
     """Opens a split and returns its loader.
 
@@ -180,13 +181,14 @@ def make(
         process_index: None: jax's.
         process_count: None: jax's.
         num_epochs: None: endless in training, one in evaluation.
+        tokenizer: from texts to ids of the config's length, for classification; None: bytes.
 
     Raises:
         UserError: a field that does not exist or has a wrong value, or whatever the source or the loader finds.
     """
     config = complete(config, default_config())
     try:
-        task = make_task(config, split)
+        task = make_task(config, split, tokenizer)
         part = config.subset if split in ("train", config.train_split) else config.test_subset
         if part is not None:
             if not 1 <= part <= len(task):
@@ -209,7 +211,7 @@ def make(
         raise UserError(f"data config: {error}") from error
 
 
-def make_task(config: ml_collections.ConfigDict, split: str) -> TextTask:
+def make_task(config: ml_collections.ConfigDict, split: str, tokenizer: Any = None) -> TextTask:
     """The examples of a split of a complete config, without order or batches.
 
     Raises:
@@ -219,6 +221,8 @@ def make_task(config: ml_collections.ConfigDict, split: str) -> TextTask:
     kind = config.task
     if kind not in TASKS:
         raise UserError(f"unknown text task {kind!r}: choose from {', '.join(TASKS)}")
+    if tokenizer is not None and kind != "classify":
+        raise ValueError(f"task={kind!r}: is of bytes; a tokenizer goes with classify")
     task: TextTask
     if kind in DIAGNOSTICS:
         options, training = config.diagnostic, split in ("train", config.train_split)
@@ -235,5 +239,5 @@ def make_task(config: ml_collections.ConfigDict, split: str) -> TextTask:
         elif kind == "spelling":
             task = Spelling(documents, config.length, config.spelling.target, config.spelling.noise)
         else:
-            task = Classify(documents, config.length)
+            task = Classify(documents, config.length, tokenizer)
     return DecoderOnly(task) if config.decoder_only else task

@@ -326,24 +326,28 @@ class Classify(Task):
     Args:
         texts: documents with labels.
         length: N; a longer text loses its end.
+        tokenizer: from texts to ids of this length, padding included; None: bytes.
 
     Raises:
         ValueError: `length` below 2, or texts without labels.
     """
 
-    def __init__(self, texts: Texts, length: int = 1024):
+    def __init__(self, texts: Texts, length: int = 1024, tokenizer: Any = None):
         if length < 2:
             raise ValueError(f"length must be at least 2, got {length}")
         if texts.labels is None:
             raise ValueError("texts must have labels")
-        self._texts = texts
+        self._texts, self._tokenizer = texts, tokenizer
         self.length, self.target_length = length, len(str(len(texts.class_names) - 1)) + 1
         self.group, self.groups = texts.group, texts.groups
         self.labels, self.class_names = texts.labels, texts.class_names
 
     def __call__(self, index: int, rng: Any = None) -> Pair:
         assert self.labels is not None
-        ids = _closed(self._texts.documents[index][: self.length - 1])
+        text = self._texts.documents[index]
+        if self._tokenizer is not None:
+            return self._tokenizer([text.decode()])[0][: self.length], _closed(str(self.labels[index]))
+        ids = _closed(text[: self.length - 1])
         return ids, _closed(str(self.labels[index]))
 
 

@@ -113,6 +113,19 @@ class Tokenizer:
         ids = [encoding.ids for encoding in self.backend.encode_batch(texts)]
         return np.array(ids, np.int32).reshape(len(texts), self.length)
 
+    def at(self, length: int) -> Self:
+        """The same tokenizer for texts of another length."""
+        return type(self)(
+            Backend.from_str(self.backend.to_str()),
+            length=length,
+            pad_id=self.pad_id,
+            bos_id=self.bos_id,
+            eos_id=self.eos_id,
+            pad_side=self.pad_side,
+            template=self.template,
+            tokens=self.tokens,
+        )
+
     def prompts(self, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
         """The ids of each text to be gone on with, neither padded nor cut.
 

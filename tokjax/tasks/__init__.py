@@ -39,6 +39,7 @@ TASKS = {  # name -> module beside this one and class in it; imported when it ru
     "dense": ("dense", "Dense"),
     "rates": ("rates", "Rates"),
     "retrieval": ("retrieval", "Retrieval"),
+    "text_classify": ("text_classify", "TextClassify"),
     "zero_shot": ("zero_shot", "ZeroShot"),
 }
 

@@ -32,14 +32,13 @@ from tokjax.data.stream import AUGMENT
 from tokjax.errors import UserError
 from tokjax.generate import Console
 from tokjax.models.decoder import DecoderConfig, preset
-from tokjax.pretrained.tokenizer import FILES, Tokenizer
 from tokjax.reducers.llm import swiftkv
-from tokjax.tasks.experiment import RESULTS, Experiment, common_config, lines, shape_config, shape_of, user_input
+from tokjax.tasks.experiment import RESULTS, common_config, lines, shape_config, shape_of, user_input
+from tokjax.tasks.on_texts import OnTexts
 from tokjax.tasks.train_reducer import TEACHER
 from tokjax.train.config import default_config as train_config
 from tokjax.train.losses import swift_kv
 from tokjax.train.state import LossFn
-from tokjax.writing import whole_folder
 
 VOCABULARIES = ("bpe", "bytes")
 GENERATED = "generated.jsonl"
@@ -93,12 +92,13 @@ def model_config(name: str = "", **changes: Any) -> ml_collections.ConfigDict:
     return shape_config(DecoderConfig, ("vocab_size", "length", "bos_id", "eos_ids", "pad_id"), name, **changes)
 
 
-class CausalLM(Experiment):
+class CausalLM(OnTexts):
     """Perplexity of texts and of what comes behind a prompt, and answers to questions about the prompt."""
 
     modes: ClassVar[tuple[str, ...]] = ("train", "eval", "generate", "bench", "viz")
     metrics = ("bits_per_byte", "perplexity", "retrieval")
     shared = ("train",)
+    kind, takes = DecoderConfig, "decoder"
 
     @property
     def steps(self) -> tuple[str, ...]:
@@ -113,31 +113,15 @@ class CausalLM(Experiment):
 
     @functools.cached_property
     def tokenizer(self) -> Any:
-        """Of the checkpoint of `config.init`, of the workdir, or learned from the text of training.
+        """As other tasks on texts have it, or bytes.
 
         Raises:
-            UserError: a checkpoint without one, another kind, or a vocabulary in the workdir that is larger than asked.
+            UserError: as those, or another kind.
         """
-        config, length = self.config.vocabulary, self.config.data.length
-        if self.initial is not None:
-            if self.initial.preprocess is None:
-                raise UserError(f"config.init={self.config.init}: has no tokenizer beside it")
-            return self.initial.preprocess
-        if config.kind not in VOCABULARIES:
-            raise UserError(f"config.vocabulary.kind={config.kind!r}: must be one of {', '.join(VOCABULARIES)}")
-        if config.kind == "bytes":
-            return ByteTokenizer(length)
-        folder = self.workdir / "vocabulary"
-        if not (folder / FILES[0]).is_file():
-            documents = texts.open_texts(self.config.data, self.config.data.train_split).documents
-            with user_input():
-                made = Tokenizer.train_bpe((text.decode() for text in documents), length, config.size)
-            with whole_folder(folder, FILES) as staged:
-                made.save(staged)
-        found = Tokenizer.load(folder, length=length)
-        if found.vocab_size > config.size:
-            raise UserError(f"config.vocabulary.size={config.size}: {folder} has {found.vocab_size} tokens")
-        return found
+        kind = self.config.vocabulary.kind
+        if kind not in VOCABULARIES:
+            raise UserError(f"config.vocabulary.kind={kind!r}: must be one of {', '.join(VOCABULARIES)}")
+        return ByteTokenizer(self.config.data.length) if kind == "bytes" and self.initial is None else self.learned
 
     @property
     def eos_id(self) -> int:
@@ -159,32 +143,6 @@ class CausalLM(Experiment):
             raise UserError(f"config.model.max_length={longest}: must be at least config.data.length={length}")
         return api.build(shape, self.config.seed, preprocess=tokenizer)
 
-    @functools.cached_property
-    def initial(self) -> api.Model | None:
-        """The checkpoint of `config.init`, whose costs are counted for the length of these data."""
-        return self._loaded(self.config.init, dtype=self.config.init_dtype) if self.config.init else None
-
-    def _loaded(self, source: Any, **options: Any) -> api.Model:
-        model, length = super()._loaded(source, **options), self.config.data.length
-        if not isinstance(model.config, DecoderConfig):
-            found = type(model.config).__name__
-            raise UserError(f"{source} holds a {found}; task {self.config.task!r} takes a decoder")
-        if length > model.config.max_length:
-            raise UserError(f"config.data.length={length}: {source} has {model.config.max_length} positions")
-        return model.with_config(length=length)
-
-    def _fitting(self, model: api.Model) -> api.Model:
-        """The workdir's model, if the texts have its vocabulary."""
-        if (ours := self.tokenizer.vocab_size) > (theirs := model.config.vocab_size) or (
-            type(self.tokenizer) is not type(model.preprocess)
-        ):
-            kind = type(self.tokenizer).__name__
-            raise UserError(
-                f"config.vocabulary: a {kind} of {ours} tokens; the model in {self.finished} has {theirs}, of a "
-                f"{type(model.preprocess).__name__}"
-            )
-        return model
-
     # Data
 
     def loader(self, split: str, *, train: bool) -> Any:
@@ -198,9 +156,6 @@ class CausalLM(Experiment):
             train=train,
             seed=config.seed if train else 0,
         )
-
-    def test_loader(self) -> Any:
-        return self.evaluation_loader("test")
 
     def prompts(self, count: int) -> Int[np.ndarray, "B P"]:
         """The first tokens of so many examples of running text (of few: again from the first)."""

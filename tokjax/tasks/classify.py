@@ -12,6 +12,7 @@ import numpy as np
 
 from tokjax import api, data, parallel
 from tokjax.errors import UserError
+from tokjax.models.vit import ViTConfig
 from tokjax.tasks import experiment
 from tokjax.tasks.experiment import Experiment, model_config
 from tokjax.train.losses import accuracy, cross_entropy
@@ -31,7 +32,7 @@ class Classify(Experiment):
     shared = ("train", "eval")
 
     def outputs(self) -> int:
-        return self.test_loader().source.num_classes
+        return self.test_loader().num_classes
 
     def train(self) -> None:
         """Trains, or goes on with an interrupted training; the result lies in `workdir/model`.
@@ -40,10 +41,14 @@ class Classify(Experiment):
             UserError: training and test data have other classes.
         """
         loader = self.loader("train", train=True)
-        test, classes = self.test_loader(), loader.source.num_classes
-        if test.source.num_classes != classes:
-            raise UserError(f"the training data have {classes} classes, the test data {test.source.num_classes}")
-        self.learn(with_classes(self.fresh(), classes, self.config.seed), loader)
+        test, classes = self.test_loader(), loader.num_classes
+        if test.num_classes != classes:
+            raise UserError(f"the training data have {classes} classes, the test data {test.num_classes}")
+        self.learn(self.headed(self.fresh(), classes), loader)
+
+    def headed(self, model: api.Model, classes: int) -> api.Model:
+        """The model itself if it has this many classes, else the same with a new head."""
+        return with_classes(model, classes, self.config.seed)
 
     def learn(self, model: api.Model, loader: data.Loader) -> None:
         """Trains a model with the classes of the data."""
@@ -85,16 +90,16 @@ class Classify(Experiment):
         return {
             "accuracy": float((predicted == labels).mean()),
             "agreement": float((predicted == unreduced).mean()),
-            "images": len(labels),
+            self.examples: len(labels),
         }
 
     def predict(self, model: api.Model, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Predicted and true class of every readable test image, in order.
+        """Predicted and true class of every readable test example, in order.
 
         Raises:
             UserError: the data have another number of classes than the model, or its head is a projection, as CLIP's.
         """
-        classes, predicted, labels = self.test_loader().source.num_classes, [], []
+        classes, predicted, labels = self.test_loader().num_classes, [], []
         outputs = model.config.num_classes
         if classes != outputs:
             kind = "classes" if model.config.head_bias else "outputs without a bias, a projection"
@@ -117,14 +122,17 @@ def share(logits: Float[Array, "B K"], batch: Mapping[str, Any]) -> Float[Array,
     return correct / jnp.maximum(total, 1)
 
 
-def with_classes(model: api.Model, classes: int, seed: int = 0) -> api.Model:
+def with_classes(model: api.Model, classes: int, seed: int = 0, **changes: Any) -> api.Model:
     """The model itself if it has this many classes, else the same with new heads, to be trained.
 
-    New heads have a bias, whatever the old ones were (CLIP's projection has none).
+    New heads of a ViT have a bias, whatever the old ones were (CLIP's projection has none). `changes`: other fields of
+    the config that go with them.
     """
     if model.config.num_classes == classes:
         return model
-    config, kept = dataclasses.replace(model.config, num_classes=classes, head_bias=True), model.params["model"]
+    if isinstance(model.config, ViTConfig):
+        changes = {"head_bias": True, **changes}
+    config, kept = dataclasses.replace(model.config, num_classes=classes, **changes), model.params["model"]
     fresh = api.build(config, seed, preprocess=model.preprocess)
     params = {
         name: kept[name] if name in kept and "head" not in name else new for name, new in fresh.params["model"].items()
