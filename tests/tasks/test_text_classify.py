@@ -27,7 +27,7 @@ def config_of(**changes) -> ml_collections.ConfigDict:
     config.train.total_steps, config.train.log_every = 4, 1
     config.train.eval_every = config.train.checkpoint_every = 4
     config.train.optimiser.warmup_steps = 1
-    config.sweep.targets, config.sweep.methods = (0.8,), config.sweep.methods[:1] + config.sweep.methods[3:4]
+    config.sweep.targets, config.sweep.methods = (0.8,), config.sweep.methods[:1]
     config.sweep.repeats, config.sweep.seconds = 1, 0.0
     config.update_from_flattened_dict(changes)
     return config
@@ -45,9 +45,9 @@ def test_trained_and_swept(workdir):
     losses = [line["train/loss"] for line in report.read_jsonl(workdir / "metrics.jsonl") if "train/loss" in line]
     assert len(losses) == 4 and np.isfinite(losses).all()
     rows = report.read_jsonl(workdir / "results.jsonl")
-    assert [row["method"] for row in rows] == ["unreduced", "ToMe", "random drop"]
+    assert [row["method"] for row in rows] == ["unreduced", "ToMe"]
     assert all(row["texts"] == 10 and 0 <= row["accuracy"] <= 1 for row in rows)
-    assert all(abs(row["macs_relative"] - 0.8) < 0.1 for row in rows[1:])
+    assert abs(rows[1]["macs_relative"] - 0.8) < 0.1
 
 
 def test_the_saved_model_reads_texts(workdir):
@@ -55,9 +55,7 @@ def test_the_saved_model_reads_texts(workdir):
     assert model.config.labels == ("negative", "positive")
     ids = model.preprocess(["We went to the harbour.", "Nobody painted the boat. " * 9])
     assert ids.shape == (2, 24) and (ids[:, 0] == 2).all()
-    assert (
-        ids[1, -1] == 1 and ids[0, -1] == 0
-    )  # the end is there of a text that is too long, padding behind a short one
+    assert ids[1, -1] == 1 and ids[0, -1] == 0  # a text that is too long keeps its end token, a short one is padded
     assert model(ids).shape == (2, 2)
 
 
@@ -93,7 +91,7 @@ def test_what_is_refused(workdir, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             TextClassify(config_of(**changes), tmp_path / "run", "a command").test_loader()
-    with pytest.raises(UserError, match="vocabulary.size=290: .* has 300 tokens"):
+    with pytest.raises(UserError, match=r"vocabulary.size=290: .* has 300 tokens"):
         TextClassify(config_of(**{"vocabulary.size": 290}), workdir, "a command").test_loader()
 
 

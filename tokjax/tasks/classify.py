@@ -90,7 +90,7 @@ class Classify(Experiment):
         return {
             "accuracy": float((predicted == labels).mean()),
             "agreement": float((predicted == unreduced).mean()),
-            self.examples: len(labels),
+            self.counted: len(labels),
         }
 
     def predict(self, model: api.Model, name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -174,7 +174,7 @@ class Experiment(abc.ABC):
             better, of `tokjax.viz.SHARES`.
         both_towers: whether the task needs a text encoder beside the image encoder.
         shared: modes that several processes may run together.
-        examples: what is counted, a column of what `evaluate` gives.
+        counted: what examples are called, a column of what `evaluate` gives.
         pictures_a_row: after how many of an image's `pictures` the file of them goes on below.
     """
 
@@ -182,7 +182,7 @@ class Experiment(abc.ABC):
     metrics: tuple[str, ...]
     both_towers: ClassVar[bool] = False
     shared: ClassVar[tuple[str, ...]] = ()
-    examples: ClassVar[str] = "images"
+    counted: ClassVar[str] = "images"
     pictures_a_row: ClassVar[int] = 7
 
     def __init__(self, config: ml_collections.ConfigDict, workdir: Path, command: str):
@@ -197,7 +197,7 @@ class Experiment(abc.ABC):
 
     @abc.abstractmethod
     def evaluate(self, model: Model, name: str) -> dict[str, Any]:
-        """Columns of a row: `metrics`, that of `examples` (how many counted), and whatever else is worth keeping.
+        """Columns of a row: `metrics`, that of `counted` (how many), and whatever else is worth keeping.
 
         Args:
             model: with or without reducers.
@@ -563,7 +563,7 @@ class Experiment(abc.ABC):
             report.append_jsonl(self.workdir / RESULTS, {**self._stamp("eval", base), **row})
             rows.append(row)
         columns = [column for column in self._columns if column not in ("images_per_s", "speedup")]
-        report.print_table(rows, columns, extra=[*self.metrics[1:], self.examples])
+        report.print_table(rows, columns, extra=[*self.metrics[1:], self.counted])
 
     def sweep(self) -> None:
         """Every method at every budget, beside the unreduced model and the controls; goes on where it stopped."""

@@ -20,7 +20,7 @@ class OnTexts(Experiment):
         start: whether a learned vocabulary has a token that begins every text.
     """
 
-    kind: ClassVar[type]
+    kind: ClassVar[type[Any]]
     takes: ClassVar[str]
     start: ClassVar[bool] = False
 

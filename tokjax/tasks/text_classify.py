@@ -61,7 +61,7 @@ class TextClassify(OnTexts, Classify):
     """Top-1 accuracy of a BERT's classifier."""
 
     modes: ClassVar[tuple[str, ...]] = ("train", "eval", "sweep")
-    examples: ClassVar[str] = "texts"
+    counted: ClassVar[str] = "texts"
     kind, takes, start = BertConfig, "BERT", True
 
     @functools.cached_property
