@@ -4,7 +4,7 @@ python -m tokjax.main --config=configs/text_classify.py --workdir=runs/embedded_
 python -m tokjax.main --config=configs/text_classify.py --workdir=runs/film_reviews \
     --config.data.path='FOLDER/movie_reviews_{split}.parquet'
 
-Without a path it reads the reviews that are embedded in the package. A few minutes on two cores. A published one,
+Without a path it reads the reviews that are embedded in the package. A published one,
 fine-tuned on the same reviews with the settings of Devlin et al. (2019, appendix A.3):
 
 python -m tokjax.main --config=configs/text_classify.py:bert-base --config.init=google-bert/bert-base-uncased \
