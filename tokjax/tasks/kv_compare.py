@@ -29,7 +29,7 @@ def default_config() -> ml_collections.ConfigDict:
     config.task = "kv_compare"
     config.title = "Fewer tokens in prompts and caches"
     config.compare = compare = ml_collections.ConfigDict()
-    compare.budgets = (("cache", 0.75), ("cache", 0.5), ("cache", 0.25), ("macs", 0.75), ("macs", 0.5))
+    compare.budgets = (("cache", 0.5), ("cache", 0.25), ("macs", 0.75), ("macs", 0.5))
     # name: registered; label: in tables; settings: all but the knob that reaches the budget
     compare.methods = ({"name": "fastv", "label": "FastV", "settings": {"layer": 1}},)
     compare.others = ()  # trained models: {"label": ..., "path": what `tokjax.load` reads, "reduce": (name, settings)}
