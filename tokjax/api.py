@@ -815,7 +815,8 @@ def load(
         dtype: of activations; None: float32.
         scan: whether to store equal blocks stacked and scan them.
         sharding: where every array goes as soon as it is read: one sharding for all, or a function of an array's path
-            in `params` and its shape; None: the first device.
+            in `params` and its shape, as `tokjax.parallel.placing` gives; None: the first device. A process reads only
+            what its own devices hold.
 
     Returns:
         A `Model`; for checkpoints with two towers (CLIP, SigLIP) a `DualModel`.
@@ -828,10 +829,15 @@ def load(
     source, local = (folder, folder) if folder.is_dir() else (source, local)
 
     def place(path: tuple[str | int, ...], array: np.ndarray) -> jax.Array:
-        where = sharding(path, array.shape) if callable(sharding) else sharding
-        return jax.device_put(array, where).block_until_ready()  # one array at a time in the host's memory
+        return jax.device_put(array).block_until_ready()  # one array at a time in the host's memory
 
-    checkpoint = load_checkpoint(source, image_size=image_size, dtype=dtype, scan=scan, place=place)
+    def place_parts(path: tuple[str | int, ...], shape: tuple[int, ...], part: Callable) -> jax.Array:
+        where = sharding(path, shape) if callable(sharding) else sharding
+        assert where is not None
+        return _split(shape, where, part).block_until_ready()
+
+    put: dict[str, Any] = {"place": place} if sharding is None else {"place_parts": place_parts}
+    checkpoint = load_checkpoint(source, image_size=image_size, dtype=dtype, scan=scan, **put)
     config, params, side = checkpoint.config, checkpoint.params, checkpoint.source["family"]
 
     def model(config: Any, params: Mapping[str, Any], preprocess: Any) -> Model:
@@ -848,6 +854,21 @@ def load(
         {name: params[name] for name in ("logit_scale", "logit_bias") if name in params},
     )
     return _with_saved_reducers(dual, local / REDUCERS)
+
+
+def _split(
+    shape: tuple[int, ...], where: jax.sharding.Sharding, part: Callable[[tuple[slice, ...]], np.ndarray]
+) -> jax.Array:
+    """An array of which this process makes its parts, each once however many of its devices hold it."""
+    made: dict[tuple[tuple[int, int, int], ...], np.ndarray] = {}
+
+    def one(index: Any) -> np.ndarray:
+        key = tuple(axis.indices(size) for axis, size in zip(index, shape, strict=True))
+        if key not in made:
+            made[key] = part(tuple(slice(start, stop) for start, stop, _ in key))
+        return made[key]
+
+    return jax.make_array_from_callback(shape, where, one)
 
 
 def _with_saved_reducers(model: Any, path: Path) -> Any:

@@ -13,7 +13,17 @@ from tokjax.parallel.mesh import (
     row_keys,
 )
 from tokjax.parallel.processes import barrier, finish, initialize, leave, several
-from tokjax.parallel.rules import DEFAULT_RULES, Rule, of_model, parse, shard, shardings, specs, state_shardings
+from tokjax.parallel.rules import (
+    DEFAULT_RULES,
+    Rule,
+    of_model,
+    parse,
+    placing,
+    shard,
+    shardings,
+    specs,
+    state_shardings,
+)
 
 __all__ = [
     "AXES",
@@ -33,6 +43,7 @@ __all__ = [
     "of_model",
     "parse",
     "place",
+    "placing",
     "row_keys",
     "several",
     "shard",

@@ -9,7 +9,7 @@ Queries, keys and values that share one kernel are whole along `model`: its colu
 contiguous share of them is one of heads. Every device of `model` takes those of its heads, without asking another.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import math
 import re
@@ -18,6 +18,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
+import numpy as np
 
 from tokjax.errors import UserError
 from tokjax.parallel.mesh import AXES
@@ -212,6 +213,29 @@ def shard(model: Any, mesh: Mesh, rules: Sequence[Rule] = ()) -> Any:
         UserError: as of `specs`, or heads that do not divide over `model`.
     """
     return model.with_params(put(model.params, of_model(mesh, model, rules)))
+
+
+def placing(
+    mesh: Mesh, rules: Sequence[Rule] = ()
+) -> Callable[[tuple[str | int, ...], tuple[int, ...]], NamedSharding]:
+    """Where a checkpoint's arrays go as they are read: `tokjax.load(source, sharding=placing(mesh))`.
+
+    Args:
+        mesh: as from `make_mesh`.
+        rules: that go before the defaults. One that matches nothing is no error here.
+
+    Raises:
+        UserError: else as `specs`, when it is asked for an array.
+    """
+    optional = [dataclasses.replace(rule, optional=True) for rule in rules]
+
+    def where(path: tuple[str | int, ...], shape: tuple[int, ...]) -> NamedSharding:
+        tree: Any = jax.ShapeDtypeStruct(shape, np.float32)
+        for key in reversed(path):
+            tree = {key: tree}
+        return jax.tree.leaves(shardings(mesh, tree, optional))[0]
+
+    return where
 
 
 def put(tree: PyTree, shardings: PyTree[NamedSharding]) -> PyTree:

@@ -117,6 +117,7 @@ def load_checkpoint(
     *,
     scan: bool = False,
     place: names.Place | None = None,
+    place_parts: names.PlaceParts | None = None,
 ) -> Checkpoint:
     """Loads an encoder of images or texts, the two of an image-text model, a T5, or a decoder.
 
@@ -130,6 +131,7 @@ def load_checkpoint(
         scan: whether equal blocks come stacked, as a model with `config.scan` has them.
         place: what becomes of every array as soon as it is made, given its path in the tree; None: they stay in NumPy.
             Only one array (with the tensors that it is made from) is in memory that is not placed yet.
+        place_parts: in place of it, to read no more than the parts that are asked for; see `names.read_tree`.
 
     Returns:
         The configuration, parameters, preprocessing and origin.
@@ -150,9 +152,9 @@ def load_checkpoint(
     config = _with_both(stored, scan=scan, **({} if dtype is None else {"dtype": dtype}))
     source = {"path": str(found.path), "config": found.config, "family": family.side, "format": family.name}
 
-    def read(put: names.Place | None) -> dict[str, Any]:
+    def read(put: names.Place | None, put_parts: names.PlaceParts | None) -> dict[str, Any]:
         try:
-            return names.read_tree(leaves, tree, tensors, stored, stacked=scan, place=put)
+            return names.read_tree(leaves, tree, tensors, stored, stacked=scan, place=put, place_parts=put_parts)
         except UserError as error:
             raise _of(found.path, error) from error
 
@@ -160,7 +162,7 @@ def load_checkpoint(
         if image_size is not None:
             raise ValueError(f"image_size={image_size}: must be None for a model of texts")
         length = config.length if isinstance(config, T5Config) else config.max_length
-        return Checkpoint(config, read(place), None, source, _tokenizer(found, length, config.vocab_size))
+        return Checkpoint(config, read(place, place_parts), None, source, _tokenizer(found, length, config.vocab_size))
     assert not isinstance(stored, names.TextModel)
     if image_size is not None:
         config = _at_size(config, (image_size, image_size) if isinstance(image_size, int) else image_size)
@@ -172,12 +174,20 @@ def load_checkpoint(
             array = resize_positions(array, old.table_prefix, old.grid, new.grid, *family.interpolation)
         return array if place is None else place(path, array)
 
+    def put_parts(path: names.Path, shape: tuple[int, ...], part: Any) -> Any:
+        assert place_parts is not None
+        if path == table and new.grid != old.grid:
+            whole = part((slice(None),) * len(shape))
+            resized: Any = resize_positions(whole, old.table_prefix, old.grid, new.grid, *family.interpolation)
+            return place_parts(path, resized.shape, lambda index: resized[index])
+        return place_parts(path, shape, part)
+
     try:
         if preprocess is None and _KEY not in found.config:
             preprocess = family.preprocess(found.config, found.processor, new)
     except _WRONG_VALUES as error:
         raise _of(found.path, error) from error
-    params = read(put)
+    params = read(put, None if place_parts is None else put_parts)
     if preprocess is not None and len(preprocess.mean) != new.channels:
         preprocess = None
     if isinstance(preprocess, Preprocess):

@@ -22,10 +22,12 @@ are one fused `qkv`; a name that ends in ":2" holds two equal parts of what is j
 
 from collections.abc import Callable, Iterator, Mapping
 import dataclasses
+import functools
 import math
 from typing import Any, Literal, Protocol
 
 import jax
+from jaxtyping import Float32
 import numpy as np
 
 from tokjax.errors import UserError
@@ -41,6 +43,8 @@ Path = tuple[str | int, ...]
 TextModel = BertConfig | T5Config | DecoderConfig
 Config = ViTConfig | DualConfig | TextModel
 Place = Callable[[Path, np.ndarray], Any]
+Index = tuple[slice, ...]  # one slice an axis, of step 1
+PlaceParts = Callable[[Path, tuple[int, ...], Callable[[Index], np.ndarray]], Any]
 
 _ROWS = 64  # transposed at a time: twice as fast as a whole matrix, whose columns lie too far apart
 _WHOLE = {"": ""}
@@ -167,6 +171,32 @@ class Leaf:
             out[..., at : at + tensor.shape[-1]] = tensor
             at += tensor.shape[-1]
 
+    def decode_part(
+        self, tensors: list[np.ndarray], shape: tuple[int, ...], index: Index, config: Config
+    ) -> Float32[np.ndarray, "..."]:
+        """A part of the tree's array, for which no more of the tensors is read than it holds where layouts allow it.
+
+        That is so for all but patch kernels and timm's tables of positions, which are small.
+        """
+        first, last = index[0] if index else slice(None), index[-1] if index else slice(None)
+        joined = self.transposed or len(tensors) > 1
+        if self.kind in ("patch", "positions") or not (joined or tensors[0].shape == shape):
+            out = _aligned(shape)
+            self.decode(tensors, out, config)
+            return out[index]
+        if not joined:
+            return np.array(tensors[0][index], np.float32)
+        start, stop, _ = last.indices(shape[-1])
+        pieces, at = [], 0
+        for tensor in tensors:  # joined along the last axis of the tree's array
+            size = len(tensor) if self.transposed else tensor.shape[-1]
+            inside = slice(max(start - at, 0), max(min(stop - at, size), 0))
+            if inside.start < inside.stop:
+                part = tensor[inside, first].T if self.transposed else tensor[(*index[:-1], inside)]
+                pieces.append(np.asarray(part, np.float32))
+            at += size
+        return np.concatenate(pieces, -1)
+
     def encode(self, array: np.ndarray, config: Config) -> list[np.ndarray]:
         """The file's tensors from the tree's array."""
         if self.kind == "patch" and self.transposed:
@@ -271,6 +301,7 @@ def read_tree(
     *,
     stacked: bool = False,
     place: Place | None = None,
+    place_parts: PlaceParts | None = None,
 ) -> dict[str, Any]:
     """Reads a parameter tree: every tensor once, widened, laid out and placed before the next one is read.
 
@@ -282,9 +313,11 @@ def read_tree(
         stacked: whether the arrays of equal blocks become one with a leading L axis, filled block by block.
         place: what becomes of an array once it is there, for example `jax.device_put` with a sharding for its path. It
             gets float32 numpy arrays that nobody else holds, aligned so that a CPU device takes them without a copy.
+        place_parts: in place of it, for arrays of which only parts are wanted: it gets the shape, and a function from
+            an index to that part, which reads it.
 
     Returns:
-        The tree, with what `place` gives for leaves.
+        The tree, with what `place` or `place_parts` gives for leaves.
 
     Raises:
         UserError: tensors that are no floats.
@@ -307,20 +340,38 @@ def read_tree(
         for view in views.values():
             forget(view)
 
-    tree: dict[str, Any] = {}
-    for path, blocks in together.items():
-        size = shape(path)
-        array = _aligned(size)
+    def part_of(path: Path, index: Index) -> np.ndarray:
+        if path not in sizes:
+            blocks = together[path][index[0]]
+            return np.stack([part_of(block, index[1:]) for block in blocks])
+        views = {name: tensors.view(name) for name in leaves[path].names}
+        for name, view in views.items():
+            check_float(name, view.dtype)
+        found = leaves[path].decode_part(list(views.values()), sizes[path], index, config)
+        for view in views.values():
+            forget(view)
+        return found
+
+    def whole(path: Path, blocks: list[Path]) -> np.ndarray:
+        array = _aligned(shape(path))
         if path in sizes:
             read(path, array)
         else:
             for i, block in enumerate(blocks):
                 read(block, array[i])
+        return array
+
+    tree: dict[str, Any] = {}
+    for path, blocks in together.items():
         at: dict[Any, Any] = tree
         for key in path[:-1]:
             at = at.setdefault(key, {})
-        at[path[-1]] = array if place is None else place(path, array)
-        del array
+        if place_parts is not None:
+            at[path[-1]] = place_parts(path, shape(path), functools.partial(part_of, path))
+        else:
+            array = whole(path, blocks)
+            at[path[-1]] = array if place is None else place(path, array)
+            del array
     return tree
 
 

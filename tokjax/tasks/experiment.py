@@ -247,8 +247,10 @@ class Experiment(abc.ABC):
         return self._loaded(config.init, image_size=config.init_image_size, dtype=config.init_dtype)
 
     def _loaded(self, source: str | Path, **options: Any) -> Model:
+        mesh, rules = self.mesh, self.rules
+        where = parallel.placing(mesh, rules) if mesh is not None and self.split else None
         with user_input():
-            model = api.load(source, **options)
+            model = api.load(source, sharding=where, **options)
         two = isinstance(model, api.DualModel)
         if self.both_towers and not two:
             raise UserError(f"{source} holds no text encoder, which task {self.config.task!r} needs")
@@ -363,9 +365,14 @@ class Experiment(abc.ABC):
         """Of `config.sharding`."""
         return parallel.parse(self.config.sharding)
 
+    @property
+    def split(self) -> bool:
+        """Whether evaluation runs on the mesh too: it is the config's, or that of several processes."""
+        return bool(self.config.mesh) or parallel.several()
+
     def sharded(self, model: Model) -> Model:
-        """The model on the mesh of `config.mesh` or of several processes, where there is one."""
-        if self.mesh is None or not (self.config.mesh or parallel.several()):
+        """The model on the mesh, where it is `split`."""
+        if self.mesh is None or not self.split:
             return model
         return parallel.shard(model, self.mesh, self.rules)
 
@@ -378,8 +385,7 @@ class Experiment(abc.ABC):
 
     def placed(self, batch: Mapping[str, Any]) -> Any:
         """A batch of evaluation where `sharded` puts the model; rows are added until they divide."""
-        split = self.config.mesh or parallel.several()
-        return parallel.place(self.mesh if split else None, dict(batch), pad=True)
+        return parallel.place(self.mesh if self.split else None, dict(batch), pad=True)
 
     def share(self, train: bool) -> dict[str, Any]:
         """What a loader is told of this process: its rows of a batch, and its share of the data.
