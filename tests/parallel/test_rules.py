@@ -20,6 +20,7 @@ import tiny_decoder
 import tokjax
 from tokjax import api, parallel
 from tokjax.errors import UserError
+from tokjax.models.bert import BertConfig
 from tokjax.models.dual import DualConfig
 from tokjax.models.t5 import Seq2Seq, T5Config
 from tokjax.models.text import TextConfig
@@ -90,6 +91,7 @@ def test_shapes_that_are_no_mesh(shape, told):
         dataclasses.replace(VIT, pooling="map", class_token=False, position="naflex"),
         dataclasses.replace(VIT, position="rope", key_bias=False, pre_norm=True, fc_norm=True, pooling="mean"),
         TEXT,
+        BertConfig(vocab_size=32, length=8, max_length=8, width=16, depth=1, heads=2, num_classes=3),
         dataclasses.replace(T5, tied=True),
         T5,
         DECODER,

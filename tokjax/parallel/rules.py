@@ -63,10 +63,10 @@ DEFAULT_RULES = _defaults(
     (r"fc2/kernel", ("model", "fsdp")),
     # What stands before and behind the blocks: the width is what surely divides.
     (r"(patch_embed|project_in)/kernel", (None, "fsdp")),
-    (r"(head|head_dist|project_out)/kernel", ("fsdp", None)),
+    (r"(head|head_dist|pooler|project_out)/kernel", ("fsdp", None)),
     (r"(embedding|token_embed|positions)", (None, "fsdp")),
     # Vectors, tokens and tables.
-    (r".*(bias|scale|gamma|_token|pos_embed|probe)", ()),
+    (r".*(bias|scale|gamma|_token|pos_embed|type_embed|probe)", ()),
 )
 
 

@@ -96,7 +96,7 @@ class TextClassify(OnTexts, Classify):
         return text.make(
             config.data,
             split,
-            batch_size=config.batch_size if train else config.eval_batch_size,
+            **self.share(train),
             train=train,
             seed=config.seed if train else 0,
             tokenizer=self.tokenizer,
