@@ -85,7 +85,7 @@ def test_answers_stand_in_the_text(tokenizer, train):
         if train:
             assert len(ids) == 200
         else:
-            assert answers[0] == 159 and len(ids) <= 200  # the answer is what comes behind 160 tokens
+            assert answers[0] == 160 and len(ids) <= 200 and tokenizer.decode(ids[160:161]) == "="  # behind 160 tokens
         seen.add(tuple(facts))
     assert len(seen) > 10
 

@@ -7,7 +7,8 @@ Facts are pairs of words of the text that are put into it, and a question is a f
 
     In the garden there are 40 lanterns, harbour= pilot; and most of them sing. ... harbour=
 
-The answer, " pilot;", is a matter of one place far above: a model that has lost it cannot answer.
+The answer, " pilot;", is a matter of one place far above: a model that has lost it cannot answer. In tests the prompt
+ends before the "=", which is the first token that the cache is asked with.
 """
 
 from collections import Counter
@@ -99,7 +100,8 @@ class Facts(Task):
         examples: how many there are.
         facts: in a text, each with a key of its own.
         questions: one behind the other; of different facts, as far as there are.
-        prompt: tokens up to the answer of the one question; None: the last answer ends the example.
+        prompt: tokens before the last one of the one question, so that its answer is looked up behind the prompt, in
+            what a cache still holds of it; None: the last answer ends the example.
 
     Raises:
         ValueError: a number out of range.
@@ -133,11 +135,11 @@ class Facts(Task):
         self._asked = _ids(tokenizer, [f" {word}=" for word in words])
         self._answers = _ids(tokenizer, [f" {word};" for word in words])
         asked, answer = (max(map(len, pieces)) for pieces in (self._asked, self._answers))
-        end = length + 1 if prompt is None else prompt
+        end = length + 1 if prompt is None else prompt + 1
         most = (facts + questions) * (asked + answer) - (0 if prompt is None else answer)
         if most >= end:
             raise UserError(f"facts={facts}, questions={questions}: take up to {most} of {end} tokens; choose fewer")
-        if prompt is not None and prompt + answer > length:
+        if end + answer > length and prompt is not None:
             raise UserError(f"prompt={prompt}: answers have up to {answer} tokens, of {length} in all")
         if len(stream) < end:
             raise UserError(f"an example needs {end} tokens of text, there are {len(stream)}")
@@ -156,7 +158,7 @@ class Facts(Task):
             labelled += [np.zeros(len(asked[fact]), bool), np.ones(len(answers[fact]), bool)]
         facts = [np.concatenate(pair) for pair in zip(asked, answers, strict=True)]
         before = sum(map(len, facts)) + sum(map(len, tail))
-        last = self.length + 1 if self._prompt is None else self._prompt + len(tail[-1])
+        last = self.length + 1 if self._prompt is None else self._prompt + 1 + len(tail[-1])
         room = last - before
         start = int(rng.integers(len(self._stream) - room + 1))
         text, opens = self._stream[start : start + room], np.flatnonzero(self._opens[start : start + room])
@@ -223,7 +225,7 @@ def make(
         eos_id: what stands behind every document.
         batch_size: rows of this process.
         train: shuffled, drawn anew in every epoch and endless, with several questions an example; or in order, once
-            and padded, with one question behind `config.prompt` tokens.
+            and padded, with one question, of which all but the last token are in the first `config.prompt`.
         seed: of order and examples.
         process_index: None: jax's.
         process_count: None: jax's.
