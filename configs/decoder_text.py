@@ -4,8 +4,8 @@ python -m tokjax.main --config=configs/decoder_text.py --workdir=runs/decoder_te
 python -m tokjax.main --config=configs/decoder_text.py --config.data.path='FOLDER/english_news_{split}.txt' \
     --workdir=runs/decoder_news
 
-Without a path it reads the text that is embedded in the package; about a quarter of an hour on two cores. Going on with prompts
-of one's own, and what half of the prompt's tokens are worth behind the second block:
+Without a path it reads the text that is embedded in the package; about a quarter of an hour on two cores. Going on with
+prompts of one's own, and what half of the prompt's tokens are worth behind the second block:
 
 python -m tokjax.main --config=configs/decoder_text.py --workdir=runs/decoder_text --mode=generate \
     --config.generate.prompts="('Last summer, my',)" --config.generate.max_tokens=100
