@@ -11,6 +11,7 @@ import functools
 import re
 from typing import get_args
 
+import contract_setup
 from contract_setup import (
     ALONE,
     BATCH,
@@ -616,6 +617,26 @@ def _check_sharded(name: str, reduce) -> None:
     assert not COLLECTIVE.findall(compiled.as_text())
     expected = jax.tree.map(lambda a, b: np.concatenate([a, b]), *[run(name, draw).tokens for draw in pair])
     same(compiled(*args).tokens, expected)
+
+
+@pytest.mark.parametrize("name", LAWFUL)
+def test_split_heads_meet_where_the_registry_says(name, monkeypatch):
+    """Heads over two devices: what is sent are sums over heads, and by nobody who reads none."""
+    mesh = jax.make_mesh((2,), ("model",), axis_types=(AxisType.Auto,), devices=jax.devices("cpu")[:2])
+    heads = NamedSharding(mesh, PartitionSpec(None, None, "model"))
+
+    def split(tokens: Tokens, context: Context):
+        seen = signals(tokens, context)
+        parts = (jax.lax.with_sharding_constraint(x, heads) for x in (seen.query, seen.key, seen.value))
+        return seen.replace(**dict(zip(("query", "key", "value"), parts, strict=True)))
+
+    monkeypatch.setattr(contract_setup, "signals", split)
+    args = jax.device_put(Draw().args, NamedSharding(mesh, PartitionSpec()))
+    # Not the walker itself, of which other laws have made a program.
+    reduce = jax.jit(lambda tokens, context: walker(name)(tokens, context))
+    found = set(COLLECTIVE.findall(reduce.lower(*args).compile(QUICK).as_text()))
+    assert found <= {"all-reduce", "collective-permute"}  # the second where heads are added one by one
+    assert bool(found) == REGISTRY[name].over_heads
 
 
 @law("lowering")

@@ -201,6 +201,8 @@ class Entry:
         learned: whether it has parameters; it is made with the `ModelInfo` of its model as the first argument.
         training: settings that it has while it learns (masks in place of pruning), with the same parameters.
         losses: names of the terms that it then adds to the loss, see `tokjax.hooks.losses`.
+        over_heads: whether its plan reads sums over all heads of attention. Where heads are split over devices these
+            are what a reducer sends, and all that it sends.
         example: settings for the contract tests, where the defaults would not reduce 17 tokens.
         exempt: laws of the contract tests that do not hold, with the reason.
     """
@@ -221,6 +223,7 @@ class Entry:
     learned: bool = False
     training: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     losses: tuple[str, ...] = ()
+    over_heads: bool = False
     example: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     exempt: Mapping[Law, str] = dataclasses.field(default_factory=dict)
 
@@ -239,6 +242,7 @@ REGISTRY: dict[str, Entry] = {
         knob=REMOVED,
         neutral={"r": 0},
         conserves=True,
+        over_heads=True,
         example={"r": 4},
     ),
     "pitome": Entry(
@@ -249,6 +253,7 @@ REGISTRY: dict[str, Entry] = {
         knob=MERGING_RATE,
         neutral={"keep_rate": 1.0},
         conserves=True,
+        over_heads=True,
         example={"keep_rate": 0.75, "matching": "ordered"},
     ),
     "gtp": Entry(
@@ -258,6 +263,7 @@ REGISTRY: dict[str, Entry] = {
         needs=("all attention rows", "patch grid"),
         knob=PROPAGATED,
         neutral={"propagated": 0},
+        over_heads=True,
         example={"propagated": 4, "neighbours": 3},
     ),
     "token_transforming_ours": Entry(
@@ -268,6 +274,7 @@ REGISTRY: dict[str, Entry] = {
         knob=REMOVED_BUT_ONE,
         neutral={"r": 0},
         conserves=True,
+        over_heads=True,
         example={"r": 4},
     ),
     "chain": Entry(
@@ -277,6 +284,7 @@ REGISTRY: dict[str, Entry] = {
         needs=("what its parts need",),
         knob=Knob("level", "[0, 1], the knobs of all parts from cheapest to dearest", levels),
         neutral={"parts": ("topk", "tome"), "level": 1.0},
+        over_heads=True,
         example={"parts": ("topk", ("tome", {"r": 3}))},
     ),
     "scored": Entry(
@@ -287,6 +295,7 @@ REGISTRY: dict[str, Entry] = {
         knob=KEEP_RATE,
         neutral={"keep_rate": 1.0},
         conserves=True,
+        over_heads=True,
     ),
     "tomesd": Entry(
         make=ToMeSD,
@@ -305,6 +314,7 @@ REGISTRY: dict[str, Entry] = {
         needs=("CLS attention",),
         knob=KEEP_RATE,
         neutral={"keep_rate": 1.0},
+        over_heads=True,
     ),
     "evit": Entry(
         make=EViT,
@@ -313,6 +323,7 @@ REGISTRY: dict[str, Entry] = {
         needs=("CLS attention",),
         knob=KEEP_RATE,
         neutral={"keep_rate": 1.0},
+        over_heads=True,
         exempt={"unmerge": "the fused token is a weighted sum, so that un-merging gives a copy of it, not of a mean"},
     ),
     "ats": Entry(
@@ -323,6 +334,7 @@ REGISTRY: dict[str, Entry] = {
         knob=TABLED_RATE,
         neutral={"keep_rate": 1.0},
         length="dynamic",
+        over_heads=True,
     ),
     "evovit": Entry(
         make=EvoViT,
@@ -331,6 +343,7 @@ REGISTRY: dict[str, Entry] = {
         needs=("CLS attention",),
         knob=TABLED_RATE,
         neutral={"keep_rate": 1.0},
+        over_heads=True,
     ),
     "diffrate": Entry(
         make=DiffRate,
@@ -339,6 +352,7 @@ REGISTRY: dict[str, Entry] = {
         needs=("CLS attention",),
         knob=STRENGTH,
         neutral={"strength": 0.0},
+        over_heads=True,
     ),
     "diffrate_search": Entry(
         make=DiffRateSearch,
@@ -351,6 +365,7 @@ REGISTRY: dict[str, Entry] = {
         learned=True,
         training={"masked": True},
         losses=("flops",),
+        over_heads=True,
         example={"target": 0.9},
         exempt={"knob": "the cost comes to the target by training; before it, all targets cost the same"},
     ),
@@ -421,6 +436,7 @@ REGISTRY: dict[str, Entry] = {
         knob=TABLED_RATE,
         neutral={"keep_rate": 1.0},
         padding=False,
+        over_heads=True,
     ),
     "heuristic": Entry(
         make=Heuristic,
@@ -453,6 +469,7 @@ REGISTRY: dict[str, Entry] = {
         neutral={"keep_rate": 1.0, "cache": False, "num_clr": 0, "head": False},
         learned=True,
         training={"learning": True},
+        over_heads=True,
         example={"keep_rate": 0.5, "num_clr": 1},
         exempt={
             "unmerge": "EViT inside fuses to a weighted sum, so that un-merging gives a copy of it, not of a mean",
@@ -535,6 +552,7 @@ REGISTRY: dict[str, Entry] = {
         text=True,
         knob=Knob("keep_rate", "[0, 1]", fastv_rates),
         neutral={"keep_rate": 1.0},
+        over_heads=True,
     ),
     "prompt_merging": Entry(
         make=PromptMerging,
@@ -545,6 +563,7 @@ REGISTRY: dict[str, Entry] = {
         knob=Knob("keep_rate", "[0.5, 1], lower is cheaper", pair_rates),
         neutral={"keep_rate": 1.0},
         conserves=True,
+        over_heads=True,
     ),
     "swiftkv": Entry(
         make=SwiftKV,
