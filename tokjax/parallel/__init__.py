@@ -16,6 +16,7 @@ from tokjax.parallel.processes import barrier, finish, initialize, leave, severa
 from tokjax.parallel.rules import (
     DEFAULT_RULES,
     Rule,
+    check_heads,
     of_model,
     parse,
     placing,
@@ -33,6 +34,7 @@ __all__ = [
     "barrier",
     "batch_sharding",
     "by_rows",
+    "check_heads",
     "data_mesh",
     "data_part",
     "fetch",

@@ -86,7 +86,7 @@ class ByteLM(Experiment):
 
     modes: ClassVar[tuple[str, ...]] = ("train", "eval", "bench", "viz")
     metrics = ("bits_per_byte", "sequence_accuracy", "deleted")
-    shared = ("train", "eval")
+    shared: ClassVar[tuple[str, ...]] = ("train", "eval")
 
     @property
     def steps(self) -> tuple[str, ...]:

@@ -44,6 +44,7 @@ class ByteStudy(ByteLM):
     """The study; each mode is one part of it."""
 
     modes = ("train_methods", "compare", "speed", "report")
+    shared = ()
 
     @functools.cached_property
     def start(self) -> ByteLM:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ class Classify(Experiment):
     """Top-1 accuracy of a ViT's head, whatever it pools: CLS, a mean, an attention pool."""
 
     metrics = ("accuracy", "agreement")
-    shared = ("train", "eval")
+    shared: ClassVar[tuple[str, ...]] = ("train", "eval")
 
     def outputs(self) -> int:
         return self.test_loader().num_classes

@@ -531,6 +531,8 @@ class Experiment(abc.ABC):
             scales: further factors of learning rates, see there.
         """
         settings, mesh = TrainConfig.of(self.config.train), self.mesh
+        if mesh is not None:
+            parallel.check_heads(mesh, model.config)
         if getattr(self.encoder(model).config, "position", None) == "sincos":
             frozen = (*frozen, "pos_embed")
         frozen = (*settings.optimiser.frozen, *frozen)

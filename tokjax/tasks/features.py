@@ -51,6 +51,7 @@ class FrozenFeatures(Classify):
 
     modes = ("train", "eval", "sweep", "features", "bench", "viz")
     metrics = ("knn_accuracy", "similarity")
+    shared = ("train",)
 
     @property
     def steps(self) -> tuple[str, ...]:
