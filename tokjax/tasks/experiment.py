@@ -267,7 +267,7 @@ class Experiment(abc.ABC):
     def build(self) -> Model:
         """A model with random weights, as the config describes it."""
         config, size = self.config, tuple(self.config.data.image_size)
-        outputs = config.model.num_classes or self.outputs()
+        outputs = config.model.get("num_classes") or self.outputs()
         shape = whole_patches(shape_of(config.model, ViTConfig, preset, image_size=size, num_classes=outputs))
         return api.build(shape, config.seed, preprocess=self.preprocess(size))
 
