@@ -96,9 +96,9 @@ def test_target_of_a_decoders_cache_and_reading():
     decoder = tokjax.build(DecoderConfig(length=40, **sizes))
     whole = decoder.cache_bytes()
     assert whole == 3 * 40 * 2 * 8 * 4 + 40 * 10  # keys and values of every layer, and what slots hold
-    found = budget.solve("snapkv", decoder, cache=0.5)
+    found = budget.solve("snapkv", decoder, cached=0.5)
     assert found.relative == found.model.cache_bytes() / whole == pytest.approx(0.5, abs=0.03)
-    few = budget.solve("fastv", decoder, cache=0.2, layer=1)
+    few = budget.solve("fastv", decoder, cached=0.2, layer=1)
     assert few.unreachable == f"reaches {few.reachable[0]:.2f} to 1.00 of the cache" and few.settings["keep_rate"] == 0
     read = budget.solve("fastv", decoder, macs=0.7, phase="prefill", layer=1)
     assert read.macs == read.model.cost(phase="prefill").total
@@ -109,7 +109,7 @@ def test_target_of_a_decoders_cache_and_reading():
 
 def test_a_cache_of_a_model_without_one(model):
     with pytest.raises(ValueError, match="needs a Decoder"):
-        budget.solve("topk", model, cache=0.5)
+        budget.solve("topk", model, cached=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -174,8 +174,8 @@ def test_settings_and_reducers_that_stay(model):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({}, "macs=None, tokens=None, cache=None: give one of them"),
-        ({"macs": 0.5, "tokens": 0.5}, "macs=0.5, tokens=0.5, cache=None: give one of them"),
+        ({}, "macs=None, tokens=None, cached=None: give one of them"),
+        ({"macs": 0.5, "tokens": 0.5}, "macs=0.5, tokens=0.5, cached=None: give one of them"),
         ({"macs": 0}, "macs=0: must be in (0, 1]"),
         ({"tokens": 1.5}, "tokens=1.5: must be in (0, 1]"),
         ({"macs": 0.5, "r": 3}, "r=3: is what solve turns"),

@@ -14,8 +14,8 @@ from tokjax import api, reducers
 from tokjax.hooks import reducing
 from tokjax.reducers import Phase
 
-Unit = Literal["macs", "tokens", "cache"]
-_NAMES: dict[Unit, str] = {"macs": "MACs", "tokens": "tokens", "cache": "cache"}
+Unit = Literal["macs", "tokens", "cached"]
+_NAMES: dict[Unit, str] = {"macs": "MACs", "tokens": "tokens", "cached": "cache"}
 CLOSE = 0.005  # of the unreduced model's cost: nearer to a target than this, finer settings are not looked for
 
 
@@ -61,7 +61,7 @@ def solve(
     *,
     macs: float | None = None,
     tokens: float | None = None,
-    cache: float | None = None,
+    cached: float | None = None,
     phase: Phase | None = None,
     tower: api.Tower = "vision",
     inputs: PyTree | None = None,
@@ -78,7 +78,7 @@ def solve(
     inputs: PyTree | None = None,
     **settings: Any,
 ) -> list[Solution]: ...
-def solve(name, model, *, macs=None, tokens=None, cache=None, phase=None, tower="vision", inputs=None, **settings):
+def solve(name, model, *, macs=None, tokens=None, cached=None, phase=None, tower="vision", inputs=None, **settings):
     """The registered reducer `name`, with its knob set so that the cost comes nearest to the target.
 
     Args:
@@ -87,7 +87,7 @@ def solve(name, model, *, macs=None, tokens=None, cache=None, phase=None, tower=
         tower: of a model with two, the one to reduce and to measure.
         macs: target share of this model's multiply-accumulates, in (0, 1]; or several of them, which gives a list.
         tokens: target share of its mean number of tokens entering the MLPs, in (0, 1].
-        cache: target share of the bytes of a decoder's cache behind a prompt, in (0, 1]; give one of the three.
+        cached: target share of the bytes of a decoder's cache behind a prompt, in (0, 1]; give one of the three.
         phase: of what MACs are counted: a call, or a decoder's reading or 64 steps of its going on; None: of what the
             reducer makes cheaper.
         inputs: a batch, as the model takes it, on which the cost of a reducer is counted whose lengths depend on the
@@ -98,7 +98,7 @@ def solve(name, model, *, macs=None, tokens=None, cache=None, phase=None, tower=
         ValueError: no or several targets, a target outside (0, 1], settings that `reduce` refuses, a reducer whose cost
             comes by training, or a cache of a model without one.
     """
-    targets: dict[Unit, Any] = {"macs": macs, "tokens": tokens, "cache": cache}
+    targets: dict[Unit, Any] = {"macs": macs, "tokens": tokens, "cached": cached}
     chosen = {unit: target for unit, target in targets.items() if target is not None}
     if len(chosen) != 1:
         raise ValueError(f"{', '.join(f'{k}={v}' for k, v in targets.items())}: give one of them")
@@ -144,7 +144,7 @@ class _Search:
         self.whole = self.measure(model)
 
     def measure(self, reduced: api.Model) -> float:
-        if self.unit == "cache":
+        if self.unit == "cached":
             return reduced.cache_bytes()
         return mean_tokens(reduced, self.batch) if self.unit == "tokens" else self.cost(reduced)
 

@@ -65,7 +65,7 @@ def test_what_an_entry_says_fits_its_reducer(name):
 def test_settings_are_no_arguments_of_what_takes_them(name):
     """`tokjax.reduce(model, name, **settings)` would take such a setting for its own argument."""
     taken = {parameter for function in (api.reduce, budget.solve) for parameter in explicit(function)}
-    assert taken == {"model", "method", "form", "tower", "name", "macs", "tokens", "inputs"}
+    assert taken == {"model", "method", "form", "tower", "name", "macs", "tokens", "inputs", "cached", "phase"}
     assert not taken & set(settings_of(name))
 
 

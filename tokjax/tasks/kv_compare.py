@@ -54,7 +54,7 @@ class KVCompare(CausalLM):
     def solve(self, method: Mapping[str, Any], model: api.Model, target: Any) -> budget.Solution:
         """A method at a budget, ("cache" or "macs", share)."""
         unit, share = target
-        options: dict[str, Any] = {unit: share, **dict(method["settings"])}
+        options: dict[str, Any] = {"cached" if unit == "cache" else unit: share, **dict(method["settings"])}
         return budget.solve(method["name"], model, phase="prefill" if unit == "macs" else None, **options)
 
     def compare(self) -> None:
