@@ -47,16 +47,17 @@ SOLVED = sorted(n for n, entry in REGISTRY.items() if not (entry.guided or entry
 
 @pytest.mark.parametrize("name", SOLVED)
 def test_target_is_reached_within_a_step_of_the_knob(model, name):
-    found = budget.solve(name, model, macs=0.7)
-    assert found.reached and found.target == 0.7
+    target = 0.85 if name == "prompt_merging" else 0.7  # it merges half of the tokens at most, and once
+    found = budget.solve(name, model, macs=target)
+    assert found.reached and found.target == target
     assert found.macs == macs(found.model) and found.relative == found.macs / macs(model)
     method = found.model.methods[-1]
     assert method.name == name and found.settings == method.settings
     if not REGISTRY[name].learned:
         assert method.reducer == create(name, **found.settings)
     steps = neighbours(found, name, model, macs)
-    assert all(abs(found.relative - 0.7) <= abs(step - 0.7) for step in steps)
-    assert min(steps) <= 0.7 <= max(steps)
+    assert all(abs(found.relative - target) <= abs(step - target) for step in steps)
+    assert min(steps) <= target <= max(steps)
 
 
 def test_a_reducer_that_is_guided_in_training_only_reaches_nothing(model):
