@@ -6,6 +6,7 @@ restarts nor the number of processes change what a model sees: process p of P ta
 global batch of P * B.
 """
 
+import abc
 from collections.abc import Mapping
 import threading
 from typing import Any
@@ -21,7 +22,7 @@ _SHUFFLE, AUGMENT, MIX = range(3)  # what a random stream is for
 NO_ROW = -1
 
 
-class Stream:
+class Stream(abc.ABC):
     """An iterable of batches, which a subclass makes from their numbers in `batch`.
 
     In training every epoch has its own global shuffle, in evaluation the order is that of the examples. All processes
@@ -82,9 +83,9 @@ class Stream:
         self._orders: dict[int, np.ndarray] = {}  # of the last two epochs
         self._lock = threading.Lock()
 
+    @abc.abstractmethod
     def batch(self, step: int) -> Any:
         """The batch of a number: a dict of numpy arrays."""
-        raise NotImplementedError
 
     def shuffled(self, rng: np.random.Generator) -> Int[np.ndarray, " n"]:
         """The examples in the order of an epoch of training."""

@@ -20,6 +20,7 @@ A call without a cache is what it was. Reducers that take tokens out between the
 behind these, which score the tokens that the attention had.
 """
 
+import abc
 from collections.abc import Callable
 import dataclasses
 from typing import ClassVar
@@ -39,7 +40,7 @@ Count = Callable[[int], int]  # of a row's number of tokens
 
 
 @dataclasses.dataclass(frozen=True)
-class Eviction:
+class Eviction(abc.ABC):
     """What all of them do, given how many of the last tokens stay and what the others are worth.
 
     Attributes:
@@ -81,9 +82,9 @@ class Eviction:
         """Tokens that stay of a prompt."""
         return min(tokens, max(1, int(tokens * self.budget)) if self.kept is None else self.kept)
 
+    @abc.abstractmethod
     def recent(self, tokens: int) -> int:
         """Of those that stay of a prompt, the ones that stay because they are the last."""
-        raise NotImplementedError
 
     def score(self, cache: Cache, group: int, tokens: Tokens) -> Float[Array, "B *K P"]:
         """What every token of the prompt is worth to a group, by head where heads choose for themselves, float32.
@@ -253,9 +254,9 @@ class Scored(Windowed):
         seen = jax.lax.stop_gradient(self.seen(tokens, signals))
         return Plan(aux={"score": self.by_head(seen, signals.need("key").shape[2])})
 
+    @abc.abstractmethod
     def seen(self, tokens: Tokens, signals: Signals) -> Float[Array, "B H N"]:
         """What every token gets of the attention that counts."""
-        raise NotImplementedError
 
     def by_head(self, seen: Float[Array, "B H N"], heads: int) -> Float[Array, "B *K N"]:
         """Mean over the query heads of every key head, or over all."""
